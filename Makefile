@@ -1,0 +1,59 @@
+# On a fresh machine with Python 3.11 or later and a C++ compiler: `make demo`, then `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo check format test test-gpu bench wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  %-10s %s\n' "$$name" "$$text"; done
+
+venv: $(STAMP)  ## create .venv with the tested versions and hfquant itself, editable
+
+# torch alone first: it is by far the largest download, and a failure there is then plain to see.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: venv  ## quantize a small model and show what it costs and what it saves
+	$(BIN)/hfquant demo
+
+check: venv  ## lint, format, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## rewrite the sources the way `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: venv  ## the test suite
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-gpu: venv  ## the test suite, on a machine that must have a CUDA device
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: venv  ## the measurements (tests marked bench)
+	$(BIN)/pytest -m bench $(PYTEST_ARGS)
+
+# setuptools reuses build/lib, so a deleted module would come back in the wheel.
+wheel: venv  ## build dist/hfquant-*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+clean:  ## remove everything that can be made again
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

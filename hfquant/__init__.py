@@ -1,0 +1,26 @@
+"""hfquant: pluggable quantization for Hugging Face models.
+
+Importing it registers the method "hfquant" with transformers: `from_pretrained` takes an `HfQuantConfig`, and loads
+checkpoints that were saved with one.
+"""
+
+from . import builtin as _builtin
+from . import hf as _hf
+from .backend import backends
+from .config import HfQuantConfig
+from .errors import BackendError, FormatError, HfQuantError, SpecError, UnsupportedError, WeightError
+from .kernel import use_kernel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "FormatError",
+    "HfQuantConfig",
+    "HfQuantError",
+    "SpecError",
+    "UnsupportedError",
+    "WeightError",
+    "backends",
+    "use_kernel",
+]

@@ -1,0 +1,122 @@
+"""The native checkpoint: safetensors only, under names that plain transformers does not look for.
+
+Without hfquant, transformers meets an unknown quantization method with a warning and random weights. With no file
+called `model*.safetensors` it raises instead, so native weights are called `hfquant*.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import FormatError
+from .swap import packed_modules
+
+INDEX_NAME = "hfquant.safetensors.index.json"
+_VARIANT = "hfquant"
+
+
+def point_to_native_weights(config: Any) -> None:
+    """Make `from_pretrained` look for the native index instead of `model.safetensors`."""
+    config.transformers_weights = INDEX_NAME
+
+
+def forget_native_weights(config: Any) -> None:
+    """Undo `point_to_native_weights` once the files are found: config.json must never name them, or plain
+    transformers would open them.
+    """
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+
+
+def attach_save(model: PreTrainedModel) -> None:
+    """Make this model's `save_pretrained`, and with it `push_to_hub`, write a native checkpoint."""
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def detach_save(model: PreTrainedModel) -> None:
+    """Give the model back the `save_pretrained` of its class."""
+    vars(model).pop("save_pretrained", None)
+
+
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """Save a quantized model as config.json, sharded `hfquant-*.safetensors` and their index.
+
+    Takes the keywords of `PreTrainedModel.save_pretrained`. The files never carry a name that fails open, not even
+    while they are being written.
+    """
+    kwargs.setdefault("save_original_format", False)
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters attached by `load_adapter`: only they are saved
+        type(model).save_pretrained(model, save_directory, push_to_hub=push_to_hub, **kwargs)
+        return
+    hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("hfquant*.safetensors*"):
+        stale.unlink()
+    type(model).save_pretrained(model, folder, variant=_VARIANT, **kwargs)
+    if kwargs.get("is_main_process", True):
+        _rename(folder)
+    if push_to_hub:
+        model.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+
+
+def _rename(folder: Path) -> None:
+    """From transformers' variant names to the native ones, with an index even for a single shard."""
+    variant_index = folder / f"model.safetensors.index.{_VARIANT}.json"
+    index = json.loads(variant_index.read_text()) if variant_index.exists() else _index_of(folder)
+    names = {}
+    for old in sorted(set(index["weight_map"].values())):
+        names[old] = old.replace(f"model.{_VARIANT}", "hfquant")
+        (folder / old).rename(folder / names[old])
+    index["weight_map"] = {tensor: names[file] for tensor, file in index["weight_map"].items()}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    variant_index.unlink(missing_ok=True)
+
+
+def _index_of(folder: Path) -> dict[str, Any]:
+    """The index of a checkpoint that fits in one file."""
+    from safetensors import safe_open
+
+    name = f"model.{_VARIANT}.safetensors"
+    with safe_open(folder / name, framework="pt") as file:
+        tensors = list(file.keys())
+    size = (folder / name).stat().st_size
+    return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, name)}
+
+
+def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
+    """Raise FormatError if any weight did not come from the checkpoint: transformers would only warn.
+
+    From a native checkpoint of the same architecture everything must have come; otherwise every packed weight must,
+    while a new head may start fresh as usual.
+    """
+    missing = [name for name, module in packed_modules(model) if _incomplete(module)]
+    if pre_quantized and type(model).__name__ in (model.config.architectures or []):
+        missing += [name for name, parameter in model.named_parameters() if not _arrived(parameter)]
+    if missing:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise FormatError(
+            f"{model.config.name_or_path or 'the checkpoint'} is incomplete or its tensors are named differently: "
+            f"nothing was found for {shown}. The model would hold random weights there; load a complete checkpoint"
+        )
+
+
+def _incomplete(module: nn.Module) -> bool:
+    """Whether a packed module lacks a tensor, or still waits for a full-precision weight."""
+    parameters = module._parameters
+    waiting = [name for name in ("weight", "gate_up_proj", "up_proj", "down_proj") if name in parameters]
+    return bool(waiting) or not all(_arrived(value) for value in parameters.values() if value is not None)
+
+
+def _arrived(parameter: nn.Parameter) -> bool:
+    """Whether the loader has set a parameter; offloaded ones live on the meta device and are checked by the loader."""
+    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta

@@ -1,0 +1,125 @@
+"""Packed experts: the fused 3-D weights of mixture-of-experts models, which no scan for `nn.Linear` finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layouts import unpack
+from .nn import packed_aside
+from .qtensor import QTensor
+from .spec import PackedSpec
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def expert_projections(module: nn.Module) -> list[str]:
+    """Names of the fused 3-D expert weights that `module` owns; empty if it is no experts module."""
+    own = dict(module.named_parameters(recurse=False))
+    names = [name for name in PROJECTIONS if name in own and own[name].dim() == 3]
+    return names if "down_proj" in names and len(names) > 1 else []
+
+
+class QExperts(nn.Module):
+    """Mixed into the class of an experts module: the same gate, activation and biases over packed weights.
+
+    Each projection [E, N, K] is packed expert by expert; its tensors are parameters `<projection>_<name>` with the
+    expert as their first axis. Transposed models ([E, K, N]) are packed the usual way round.
+    """
+
+    specs: dict[str, PackedSpec]
+    keys: dict[str, str]
+    dtype: torch.dtype
+
+    _hf_quantized_needs_local_tp = True
+
+    def hold(self, projection: str, packed: dict[str, Tensor], spec: PackedSpec) -> None:
+        """Take the packed tensors [E, ...] of one projection as parameters."""
+        self.specs[projection], self.keys[projection] = spec, spec.key()
+        for name in spec.names:
+            self._parameters[f"{projection}_{name}"] = nn.Parameter(packed[name], requires_grad=False)
+
+    def packed(self, projection: str, expert: int) -> list[Tensor]:
+        """The packed tensors of one expert's projection."""
+        names = self.specs[projection].names
+        return [self._parameters[f"{projection}_{name}"][expert] for name in names]  # type: ignore[index]
+
+    def packed_names(self) -> list[str]:
+        """Names of all packed parameters."""
+        return [f"{projection}_{name}" for projection, spec in self.specs.items() for name in spec.names]
+
+    def qtensor(self, projection: str, expert: int) -> QTensor:
+        """One expert's weight as codes and grid parameters."""
+        return unpack(self.packed(projection, expert), self.specs[projection])
+
+    def dequantize(self, projection: str, dtype: torch.dtype) -> Tensor:
+        """The fused weight in the model's own orientation, [E, N, K] or transposed [E, K, N]."""
+        count = self._parameters[f"{projection}_{self.specs[projection].names[0]}"].shape[0]  # type: ignore[union-attr]
+        stacked = torch.stack([self.qtensor(projection, expert).dequantize(dtype) for expert in range(count)])
+        return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum [T, H] over each token's experts.
+
+        `hidden_states` [T, H], `top_k_index` [T, k] int64, `top_k_weights` [T, k]. Only experts with tokens run.
+        """
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # marks slots that another rank serves
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            y = self._expert(hidden_states[token], expert) * top_k_weights[token, slot, None]
+            out = out.index_add(0, token, y.to(out.dtype))
+        return out
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        """Output [t, H] of one expert for its tokens `x` [t, H]."""
+        if self.has_gate:
+            hidden = self._apply_gate(self._project("gate_up_proj", x, expert))
+        else:
+            hidden = self.act_fn(self._project("up_proj", x, expert))
+        y = self._project("down_proj", hidden, expert)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _project(self, projection: str, x: Tensor, expert: int) -> Tensor:
+        bias = getattr(self, f"{projection}_bias")[expert] if self.has_bias else None
+        return ops.linear(x, self.packed(projection, expert), bias, self.keys[projection])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QExperts:
+        """Move packed tensors with the module but keep their dtypes."""
+        with packed_aside(self, self.packed_names(), fn):
+            super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Explain what became of a fused weight that is packed now."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in PROJECTIONS and name in self.__dict__.get("specs", {}):
+                message = (
+                    f"the experts' {name!r} is packed: read it with dequantize({name!r}, dtype); it is not a parameter"
+                )
+                raise AttributeError(message) from error
+            raise
+
+
+def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
+    """Turn an experts module into its packed form, in place: hooks, biases and settings stay as they are."""
+    original = type(module)
+    module.__class__ = type(f"Q{original.__name__}", (QExperts, original), {"original": original})
+    assert isinstance(module, QExperts)
+    module.specs, module.keys, module.dtype = {}, {}, dtype
+    return module
+
+
+def why_not_experts(module: nn.Module) -> str | None:
+    """Reason why an experts module cannot be packed, or None."""
+    needed = ("has_gate", "has_bias", "is_transposed", "num_experts")
+    missing = [name for name in needed if not hasattr(module, name)]
+    return f"its class does not say {', '.join(missing)}, so its forward pass is unknown" if missing else None

@@ -1,0 +1,226 @@
+"""Grids: which numbers exist. Every grid of at most 8 bits is a sorted list of at most 256 numbers, zero included."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import SpecError
+from .tables import Table
+
+GRIDS: Table[Grid] = Table("grid")
+
+
+class Grid(ABC):
+    """A finite set of numbers; `name` is its identity on disk."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Identity on disk, such as "int4", "e2m1" or "nf4"."""
+
+    @abstractmethod
+    def _levels(self) -> list[float]:
+        """The numbers, sorted and unique."""
+
+    def levels(self) -> Tensor:
+        """All levels [L] float32, sorted and unique, L <= 256."""
+        return _levels(self)
+
+    @property
+    def size(self) -> int:
+        """Number of levels L."""
+        return self.levels().numel()
+
+    @property
+    def bits(self) -> int:
+        """Bits needed to store one code."""
+        return max(1, (self.size - 1).bit_length())
+
+    @property
+    def zero_code(self) -> int:
+        """Code of the level 0."""
+        return int(self.levels().abs().argmin())
+
+    @property
+    def top(self) -> float:
+        """Largest level: an absmax range maps the largest magnitude here."""
+        return float(self.levels()[-1])
+
+    @property
+    def signed(self) -> bool:
+        """Whether there are negative levels."""
+        return float(self.levels()[0]) < 0
+
+    @property
+    def affine(self) -> bool:
+        """Whether the levels are consecutive integers, so that kernels can decode by arithmetic."""
+        return isinstance(self, IntGrid)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes [same shape] uint8 of the level nearest to float32 `x` (already divided by the scale), ties to even.
+
+        "Even" counts from zero, as in IEEE 754: codes an even number of steps away from the code of 0 win.
+        """
+        return torch.bucketize(x, _thresholds(self).to(x.device), out_int32=True).to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels [same shape] of uint8 `codes` in `dtype`."""
+        return self.levels().to(codes.device, dtype)[codes.int()]
+
+
+@lru_cache(maxsize=256)
+def _levels(grid: Grid) -> Tensor:
+    return torch.tensor(grid._levels(), dtype=torch.float64).to(torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _thresholds(grid: Grid) -> Tensor:
+    """Values [L - 1] above which the next code is taken.
+
+    `bucketize` gives a value equal to a threshold to the lower code; where the upper code is the even one, the
+    threshold moves down by one ulp so that the tie goes up.
+    """
+    levels = grid.levels().double()
+    middle = ((levels[:-1] + levels[1:]) / 2).float()
+    upper = torch.arange(1, levels.numel())
+    upper_is_even = (upper - grid.zero_code) % 2 == 0
+    below = torch.nextafter(middle, torch.tensor(-torch.inf))
+    return torch.where(upper_is_even, below, middle)
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Consecutive integers: signed [-2^(b-1), 2^(b-1) - 1], narrow without the lowest one, unsigned [0, 2^b - 1]."""
+
+    width: int
+    is_signed: bool = True
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 8:
+            raise SpecError(f"integer grids have 2 to 8 bits, got {self.width}")
+        if self.narrow and not self.is_signed:
+            raise SpecError("only signed integer grids can be narrow")
+
+    @property
+    def name(self) -> str:
+        """For example "int4", "int4n" (narrow) or "uint4"."""
+        return f"{'int' if self.is_signed else 'uint'}{self.width}{'n' if self.narrow else ''}"
+
+    def _levels(self) -> list[float]:
+        low = (-(2 ** (self.width - 1)) + int(self.narrow)) if self.is_signed else 0
+        high = 2 ** (self.width - 1) - 1 if self.is_signed else 2**self.width - 1
+        return [float(value) for value in range(low, high + 1)]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes [same shape] uint8 by arithmetic; the same result as the general search, faster."""
+        low, high = float(self.levels()[0]), self.top
+        return x.round().clamp_(low, high).sub_(low).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class FloatGrid(Grid):
+    """Sign, `e` exponent and `m` mantissa bits with subnormals, 3 to 8 bits in all.
+
+    `specials`: "none" gives every code a finite value (FPQ, LLM-FP4 eq. 1), "fn" reserves the top code for NaN
+    (OCP E4M3, `torch.float8_e4m3fn`), "ieee" reserves the top exponent (`torch.float8_e5m2`).
+    """
+
+    e: int
+    m: int
+    bias: int | None = None
+    specials: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.e < 1 or self.m < 0 or not 3 <= 1 + self.e + self.m <= 8:
+            raise SpecError(f"float grids have 3 to 8 bits with at least one exponent bit, got e{self.e}m{self.m}")
+        if self.specials not in ("none", "fn", "ieee"):
+            raise SpecError(f'specials is "none", "fn" or "ieee", got {self.specials!r}')
+
+    @property
+    def name(self) -> str:
+        """For example "e2m1", "e4m3fn", "e5m2ieee", "e4m3b11" (exponent bias 11)."""
+        suffix = "" if self.specials == "none" else self.specials
+        return f"e{self.e}m{self.m}{suffix}{'' if self.bias is None else f'b{self.bias}'}"
+
+    @property
+    def bits(self) -> int:
+        """Storage width, sign included."""
+        return 1 + self.e + self.m
+
+    @property
+    def exponent_bias(self) -> int:
+        """The bias in use: `bias`, or IEEE's 2^(e-1) - 1."""
+        return 2 ** (self.e - 1) - 1 if self.bias is None else self.bias
+
+    def _magnitudes(self) -> list[float]:
+        """Finite magnitudes in the order of their bit patterns."""
+        reserved = {"none": 0, "fn": 1, "ieee": 2**self.m}[self.specials]
+        values = []
+        for pattern in range(2 ** (self.e + self.m) - reserved):
+            exponent, mantissa = divmod(pattern, 2**self.m)
+            binade = max(exponent, 1)  # exponent 0 holds the subnormals, with the step of exponent 1
+            implicit = 2**self.m if exponent else 0
+            values.append((implicit + mantissa) * 2.0 ** (binade - self.exponent_bias - self.m))
+        return values
+
+    def _levels(self) -> list[float]:
+        positive = self._magnitudes()
+        return [-value for value in reversed(positive[1:])] + positive
+
+    def to_bits(self, codes: Tensor) -> Tensor:
+        """Sign-magnitude bit patterns [same shape] uint8 of `codes`; zero becomes +0."""
+        step = codes.short() - self.zero_code
+        return (step.abs() | ((step < 0).short() << (self.e + self.m))).to(torch.uint8)
+
+    def from_bits(self, patterns: Tensor) -> Tensor:
+        """Codes [same shape] uint8 of sign-magnitude bit patterns; the inverse of `to_bits`, both zeros accepted."""
+        sign = 1 << (self.e + self.m)
+        magnitude = (patterns & (sign - 1)).short()
+        return torch.where(patterns & sign != 0, self.zero_code - magnitude, self.zero_code + magnitude).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Codebook(Grid):
+    """Any set of at most 256 numbers, zero among them, decoded by lookup."""
+
+    label: str
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.values) <= 256 or 0.0 not in self.values:
+            raise SpecError(f"codebook {self.label!r} needs 2 to 256 values with 0 among them")
+        if list(self.values) != sorted(set(self.values)):
+            raise SpecError(f"codebook {self.label!r} must be sorted without repeats")
+
+    @property
+    def name(self) -> str:
+        """The label it was made with."""
+        return self.label
+
+    def _levels(self) -> list[float]:
+        return list(self.values)
+
+
+_INT = re.compile(r"(u?)int([2-8])(n?)")
+_FLOAT = re.compile(r"e(\d)m(\d)(fn|ieee)?(?:b(-?\d+))?")
+
+
+@lru_cache(maxsize=256)
+def _by_pattern(name: str) -> Grid | None:
+    if match := _INT.fullmatch(name):
+        return IntGrid(int(match[2]), is_signed=not match[1], narrow=bool(match[3]))
+    if match := _FLOAT.fullmatch(name):
+        return FloatGrid(int(match[1]), int(match[2]), int(match[4]) if match[4] else None, match[3] or "none")
+    return None
+
+
+def grid(name: str) -> Grid:
+    """The grid of a name: "int4", "uint4", "e2m1", or one registered, such as "nf4". Raises SpecError if unknown."""
+    return _by_pattern(name) or GRIDS.get(name)

@@ -1,0 +1,189 @@
+"""The hook into transformers: `from_pretrained(..., quantization_config=HfQuantConfig(...))` and reload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils import logging
+
+from .checkpoint import attach_save, audit, detach_save, forget_native_weights, point_to_native_weights
+from .config import QUANT_METHOD, HfQuantConfig
+from .coverage import Coverage, survey
+from .experts import QExperts
+from .nn import PackedModule
+from .quantize import check_recipe
+from .stats import Stats
+from .swap import packed_modules, quantize_into, swap_in, swap_out
+
+logger = logging.get_logger(__name__)
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Quantizes one checkpoint tensor as it arrives, so that no two full-precision weights are alive at once."""
+
+    def __init__(self, quantizer: HfQuantHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any
+    ) -> dict:
+        """Full names and tensors in; the packed tensors of those that are to be quantized out."""
+        out: dict[str, Tensor] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            tensor = value[0] if isinstance(value, list) else value
+            if not self.quantizer.param_needs_quantization(model, name):
+                out[name] = tensor
+                continue
+            if missing_keys is not None:
+                missing_keys.discard(name)
+            out |= self.quantizer.quantize_parameter(model, name, tensor)
+        return out
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Nothing to undo: packed tensors are saved as they are."""
+        return _Keep()
+
+
+class _Keep(ConversionOps):
+    """Leaves tensors as they are."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class HfQuantHfQuantizer(HfQuantizer):
+    """transformers' quantizer for `HfQuantConfig`: on-the-fly quantization, and reload of native checkpoints."""
+
+    quantization_config: HfQuantConfig
+    coverage: Coverage | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        check_recipe(self.quantization_config.recipe)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Last look at the model's config before files are resolved: native weights have a name of their own."""
+        if self.pre_quantized:
+            point_to_native_weights(config)
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        """Swap the modules of the meta model for packed ones."""
+        config = self.quantization_config
+        forget_native_weights(model.config)
+        self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files)
+        skip: Any = config.skipped if self.pre_quantized else config.modules_to_not_convert
+        targets, self.coverage = survey(model, skip, config.embeddings)
+        if not self.pre_quantized:
+            config.skipped = {skip.name: skip.reason for skip in self.coverage.skipped if skip.eligible}
+            config.source_dtype = str(dtype or model.dtype).removeprefix("torch.")
+        swap_in(model, targets, config.recipe, config.outlier_columns, wait=not self.pre_quantized)
+
+    def _find_producers(self, model: PreTrainedModel, checkpoint_files: Any) -> dict[str, Tensor]:
+        """Spread of the weights that produce each layer's input, if the recipe asks for it."""
+        if self.quantization_config.recipe.columns.name != "proxy":
+            return {}
+        from .proxy import producer_std
+
+        return producer_std(model, checkpoint_files)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a full-precision parameter is to be packed: its module still waits for it."""
+        module, leaf = get_module_from_name(model, param_name)
+        return isinstance(module, PackedModule | QExperts) and leaf in _waiting(module)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per element for `device_map="auto"`: placeholders take none, their packed tensors what they take."""
+        return 0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        """The operation that the loader applies to parameters that need quantization."""
+        return QuantizeOnLoad(self)
+
+    def quantize_parameter(self, model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Quantize the full-precision parameter `name`; returns packed parameters by full name."""
+        module, leaf = get_module_from_name(model, name)
+        prefix = name.removesuffix(leaf)
+        stats = Stats(name.removesuffix(".weight"), self._producer_std.get(name.removesuffix(".weight")))
+        packed = quantize_into(module, leaf, tensor, self.quantization_config.recipe, stats)
+        self._note_outliers(prefix, leaf, module)
+        return {prefix + key: torch.nn.Parameter(value, requires_grad=False) for key, value in packed.items()}
+
+    def _note_outliers(self, prefix: str, leaf: str, module: PackedModule | QExperts) -> None:
+        spec = module.spec if isinstance(module, PackedModule) else module.specs[leaf]
+        owner = prefix.removesuffix(".") if isinstance(module, PackedModule) else prefix + leaf
+        if spec.outliers:
+            self.quantization_config.outlier_columns[owner] = spec.outliers
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Check that every weight arrived, freeze packed tensors, and make saving write a native checkpoint."""
+        audit(model, self.pre_quantized)
+        for _, module in packed_modules(model):
+            for name in _packed_names(module):
+                module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        bits = self.quantization_config.recipe.scheme.weight.numbers().bits
+        # The marks that PEFT's `prepare_model_for_kbit_training` looks for.
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits <= 4, bits > 4
+        attach_save(model)
+        if self.coverage is not None:
+            logger.info("hfquant %s: %s", self.quantization_config.method, self.coverage.line())
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Back to ordinary modules with the quantized values in `dtype`."""
+        swap_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        detach_save(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Marks every weight file with the method that made it."""
+        return None, {"hfquant": self.quantization_config.method}
+
+    def is_serializable(self) -> bool:
+        """Every quantized model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """All layers run through `torch.library` operators."""
+        return True
+
+
+def _waiting(module: PackedModule | QExperts) -> list[str]:
+    """Names of the full-precision placeholders that a packed module still holds."""
+    names = ("weight",) if isinstance(module, PackedModule) else tuple(module.specs)
+    return [name for name in names if name in module._parameters]
+
+
+def _packed_names(module: PackedModule | QExperts) -> list[str]:
+    return list(module.spec.names) if isinstance(module, PackedModule) else module.packed_names()
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(HfQuantConfig)
+    register_quantizer(QUANT_METHOD)(HfQuantHfQuantizer)

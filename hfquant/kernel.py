@@ -1,0 +1,118 @@
+"""Kernels: how a layout runs on a device, and which one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import UnsupportedError
+from .spec import PackedSpec
+from .tables import Table
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
+WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
+
+
+def _always(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a quantized linear layer.
+
+    `layout` and `device` ("cpu", "cuda", ...) say what it is for, "*" for any. `run(x, packed, bias, spec)` computes
+    y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
+    compute capability or None. The kernel with the highest `priority` that does not decline is used.
+    """
+
+    name: str
+    layout: str
+    device: str
+    run: Run
+    why_not: WhyNot = _always
+    priority: int = 0
+
+
+KERNELS: Table[Kernel] = Table("kernel")
+REFERENCE = Kernel("reference", "*", "*", reference.linear, priority=-1)
+
+_forced: ContextVar[str | None] = ContextVar("hfquant_kernel", default=None)
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Run every quantized layer on the kernel `name` inside the block, to tell numbers from kernels.
+
+    Raises SpecError if there is no such kernel, UnsupportedError at the first layer that it cannot run.
+    """
+    KERNELS.get(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -> Tensor:
+    """Compute a quantized linear layer with the best kernel; `key` is the text form of its PackedSpec."""
+    kernel = choose(key, x.device, x.dtype, _forced.get())
+    return kernel.run(x, packed, bias, PackedSpec.parse(key))
+
+
+@lru_cache(maxsize=4096)
+def choose(key: str, device: torch.device, dtype: torch.dtype, forced: str | None = None) -> Kernel:
+    """The kernel for a weight on a device. Raises UnsupportedError with all reasons when none can run it."""
+    spec = PackedSpec.parse(key)
+    reasons = declined(spec, device, dtype)
+    if forced is not None:
+        if reason := reasons.get(forced):
+            raise UnsupportedError(f"kernel {forced!r} was asked for on {device.type}", [reason])
+        return KERNELS.get(forced)
+    able = [KERNELS.get(name) for name, reason in reasons.items() if reason is None]
+    best = max(able, key=lambda kernel: kernel.priority)
+    if best is REFERENCE:
+        _report_fallback(spec, device, reasons)
+    return best
+
+
+def declined(spec: PackedSpec, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """For each kernel by name: why it cannot run this weight, or None if it can."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reasons: dict[str, str | None] = {}
+    for name in KERNELS.names():
+        kernel = KERNELS.get(name)
+        if kernel.layout not in ("*", spec.layout):
+            reasons[name] = f"{name}: is for layout {kernel.layout!r}, the weight has {spec.layout!r}"
+        elif kernel.device not in ("*", device.type):
+            reasons[name] = f"{name}: is for {kernel.device}, the weight is on {device.type}"
+        else:
+            reason = kernel.why_not(spec, dtype, capability)
+            reasons[name] = None if reason is None else f"{name}: {reason}"
+    return reasons
+
+
+def _report_fallback(spec: PackedSpec, device: torch.device, reasons: dict[str, str | None]) -> None:
+    """Say once per kind of weight that only the reference kernel is left; an error under HFQUANT_STRICT=1."""
+    what = f"{spec.scheme.weight.grid} weights in layout {spec.layout!r} on {device.type}"
+    others = [reason for reason in reasons.values() if reason is not None]
+    if os.environ.get("HFQUANT_STRICT") == "1":
+        raise UnsupportedError(f"HFQUANT_STRICT=1 and no fast kernel runs {what}", others)
+    _log_once(what, tuple(others))
+
+
+@lru_cache(maxsize=1024)
+def _log_once(what: str, others: tuple[str, ...]) -> None:
+    level = logging.WARNING if others else logging.INFO
+    logger.log(level, "%s run on the reference kernel, which is slow%s", what, "".join(f"\n  - {o}" for o in others))

@@ -1,0 +1,142 @@
+"""Layers with packed weights that are still an `nn.Linear` or `nn.Embedding` to the rest of the ecosystem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layouts import LAYOUTS, unpack
+from .qtensor import QTensor
+from .quantize import requantize
+from .spec import PackedSpec
+from .weight_view import WeightView
+
+
+class PackedModule(nn.Module):
+    """A module whose weight is packed into parameters that are frozen, keep their dtype, and are never named "weight".
+
+    `weight` is a property that dequantizes, and assigning to it (or to its `.data`) quantizes the new values.
+    """
+
+    spec: PackedSpec
+    key: str
+    dtype: torch.dtype
+    kind: str  # of the module it replaced: "linear", "conv1d" or "embedding"
+
+    # Tensor parallelism hands such modules their local shard instead of a DTensor.
+    _hf_quantized_needs_local_tp = True
+
+    def _start(self, dtype: torch.dtype) -> None:
+        """Initialise the bare module; `dtype` is the one that `weight` is seen in."""
+        nn.Module.__init__(self)
+        self.dtype = dtype
+
+    def hold(self, packed: dict[str, Tensor], spec: PackedSpec) -> None:
+        """Take the packed tensors of a weight as parameters."""
+        self.spec, self.key = spec, spec.key()
+        for name in spec.names:
+            self._parameters[name] = nn.Parameter(packed[name], requires_grad=False)
+
+    def packed(self) -> list[Tensor]:
+        """The packed tensors in the order of `spec.names`."""
+        return [self._parameters[name] for name in self.spec.names]  # type: ignore[misc]
+
+    def qtensor(self) -> QTensor:
+        """The weight as codes and grid parameters."""
+        return unpack(self.packed(), self.spec)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] in the model's dtype, dequantized and detached."""
+        waiting = self._parameters.get("weight")
+        if waiting is not None:  # full-precision placeholder of a model that is still being loaded
+            return waiting
+        return WeightView.of(ops.dequantize(self.packed(), self.key, self.dtype), self.write)
+
+    @weight.setter
+    def weight(self, values: Tensor) -> None:
+        self.write(values)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Quantize new values [N, K] into this layer with the numbers it has."""
+        q = requantize(values.detach(), self.qtensor())
+        for name, tensor in LAYOUTS.get(self.spec.layout).pack(q).items():
+            current = self._parameters[name]
+            assert current is not None
+            current.data = tensor.to(current.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Move packed tensors with the module but keep their dtypes."""
+        with packed_aside(self, self.spec.names, fn):
+            super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """The shape and numbers of the weight."""
+        weight = self.spec.scheme.weight
+        blocks = f"({weight.blocks.rows}, {weight.blocks.cols})"
+        return f"{super().extra_repr()}, grid={weight.grid}, blocks={blocks}, layout={self.spec.layout}"
+
+
+@contextmanager
+def packed_aside(module: nn.Module, names: Iterable[str], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Take packed parameters out of `module` while `fn` is applied to the others, then apply only its move to them.
+
+    `.to(bfloat16)` must not round scales, and float8 codes are not numbers to convert.
+    """
+    held = {name: module._parameters.pop(name) for name in names}
+    yield
+    for name, parameter in held.items():
+        assert parameter is not None
+        moved = fn(parameter.data)
+        data = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
+        module._parameters[name] = _like(parameter, data)
+
+
+def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """A frozen parameter with new data that keeps the marks other libraries left on the old one."""
+    new = nn.Parameter(data, requires_grad=False)
+    new.__dict__.update(parameter.__dict__)
+    return new
+
+
+class QLinear(PackedModule, nn.Linear):
+    """y = x W^T + b with a packed W [out_features, in_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        self._start(dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Outputs [..., out_features] in the dtype of `input` [..., in_features]."""
+        return ops.linear(input, self.packed(), self.bias, self.key)
+
+
+class QEmbedding(PackedModule, nn.Embedding):
+    """Rows of a packed table [num_embeddings, embedding_dim]."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: torch.dtype) -> None:
+        self._start(dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embeddings [..., embedding_dim] of token ids `input` [...] int64."""
+        return ops.embedding(input, self.packed(), self.key, self.dtype)
+
+
+def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give a replacement the hooks and mode of the module it replaces: a lost hook is a silently wrong model."""
+    hooks: dict[str, Any] = {name: value for name, value in vars(old).items() if name.endswith("hooks")}
+    hooks |= {name: value for name, value in vars(old).items() if name.endswith(("hooks_with_kwargs", "always_called"))}
+    vars(new).update(hooks)
+    new.training = old.training
+    return new

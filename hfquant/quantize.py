@@ -1,0 +1,118 @@
+"""The only place where the stages of a recipe meet: a weight in, codes out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .blocks import row_chunks
+from .codebooks import FittedGrid
+from .columns import COLUMNS, take_outliers
+from .errors import SpecError, WeightError
+from .layouts import LAYOUTS, default_layout, empty_qtensor, packed_spec
+from .qtensor import QTensor
+from .ranges import RANGES
+from .recipe import Recipe, Step
+from .rounders import ROUNDERS
+from .spec import PackedSpec
+from .stats import Stats
+from .tables import Table
+
+_REFERENCE_POSITIONAL = {"range": 3, "rounder": 4, "columns": 3}
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Look up every name and option of a recipe, before long work starts. Raises SpecError."""
+    spec = recipe.scheme.weight
+    if not (spec.zero or isinstance(spec.numbers(), FittedGrid) or spec.numbers().signed):
+        raise SpecError(f"weights need a signed grid or a zero point: {spec.grid!r} has neither")
+    if recipe.scheme.input is not None:
+        recipe.scheme.input.tensor.numbers()
+    _check_step(RANGES, recipe.range)
+    _check_step(ROUNDERS, recipe.rounder)
+    _check_step(COLUMNS, recipe.columns)
+    if reason := LAYOUTS.get(layout_of(recipe)).why_not(spec):
+        raise SpecError(f"layout {layout_of(recipe)!r} cannot store {spec.grid}: {reason}")
+    return recipe
+
+
+def _check_step(table: Table, step: Step) -> None:
+    """Refuse options that the function does not take."""
+    names = list(inspect.signature(table.get(step.name)).parameters)[_REFERENCE_POSITIONAL[table.axis] :]
+    for option in step.options:
+        if option not in names:
+            known = ", ".join(names) or "none"
+            raise SpecError(f"{table.axis} {step.name!r} has no option {option!r}: its options are {known}")
+
+
+def layout_of(recipe: Recipe) -> str:
+    """Name of the layout that a recipe's weights are stored in."""
+    return recipe.layout or default_layout(recipe.scheme.weight)
+
+
+def quantize_linear(w: Tensor, recipe: Recipe, stats: Stats | None = None) -> QTensor:
+    """Quantize a weight [N, K] of a floating dtype by a recipe; a pure function.
+
+    Raises WeightError when the weight holds NaN or infinite values, naming the layer in `stats`.
+    """
+    stats = stats or Stats()
+    check_finite(w, stats.name)
+    spec = recipe.scheme.weight
+    index = COLUMNS.get(recipe.columns.name)(w, spec, stats, **recipe.columns.options)
+    body, outliers = take_outliers(w, index)
+    find: Callable = partial(RANGES.get(recipe.range.name), **recipe.range.options)
+    rounder = ROUNDERS.get(recipe.rounder.name)
+    q = rounder(body, find(body, spec, stats), find, stats, **recipe.rounder.options)
+    return replace(q, outliers=outliers)
+
+
+def requantize(w: Tensor, like: QTensor) -> QTensor:
+    """Quantize new values [N, K] of a weight that is quantized already: same numbers, same outlier columns.
+
+    Ranges are taken by absmax and codes by rounding to nearest, whatever made the first codes.
+    """
+    index = None if like.outliers is None else like.outliers.index.long()
+    body, outliers = take_outliers(w, index if index is not None else w.new_empty(0, dtype=torch.int64))
+    if outliers is not None and like.outliers is not None:
+        outliers = replace(outliers, weight=outliers.weight.to(like.outliers.weight.dtype))
+    check_finite(body, "assigned weight")
+    find, nearest = RANGES.get("absmax"), ROUNDERS.get("nearest")
+    if like.order is not None:
+        body = body[:, like.order.long()]
+    q = nearest(body, find(body, like.spec, Stats()), find, Stats())
+    return replace(q, outliers=outliers, order=like.order)
+
+
+def check_finite(w: Tensor, name: str) -> None:
+    """Raise WeightError if `w` [N, K] holds NaN or infinite values."""
+    bad = sum(int((~torch.isfinite(w[rows])).sum()) for rows in row_chunks((w.shape[0], w.shape[1])))
+    if bad:
+        raise WeightError(
+            f"{name} holds {bad} NaN or infinite values out of {w.numel()}: the checkpoint is damaged or was trained "
+            "into overflow; it cannot be quantized"
+        )
+
+
+def pack(q: QTensor, recipe: Recipe) -> tuple[dict[str, Tensor], PackedSpec]:
+    """Stored tensors of a quantized weight, and their description for kernels."""
+    layout = layout_of(recipe)
+    packed = LAYOUTS.get(layout).pack(q)
+    return packed, packed_spec(packed, layout, q.shape, recipe.scheme)
+
+
+def pack_empty(
+    shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype, outliers: int = 0
+) -> tuple[dict[str, Tensor], PackedSpec]:
+    """What `pack` will give for a weight of `shape` [N, K]: tensors on the meta device, and their description."""
+    return pack(empty_qtensor(shape, recipe.scheme.weight, dtype, outliers), recipe)
+
+
+def bits_per_weight(packed: dict[str, Tensor], shape: tuple[int, int]) -> float:
+    """Bits per weight of the stored tensors, all overhead included."""
+    stored = sum(value.numel() * value.element_size() for value in packed.values())
+    return 8 * stored / (shape[0] * shape[1])

@@ -1,0 +1,63 @@
+"""A recipe: the independent choices that together make a quantization method, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .spec import Scheme
+from .tables import Table
+
+
+@dataclass(frozen=True)
+class Step:
+    """An entry of an axis table by name, with its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"name": self.name, **self.options}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Step:
+        """Inverse of `to_dict`."""
+        options = {key: value for key, value in data.items() if key != "name"}
+        return cls(data["name"], options)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight becomes codes.
+
+    `scheme`: the numbers. `range`: grid parameters of each block. `rounder`: the codes. `columns`: input columns kept
+    in 16 bit. `layout`: stored form, None for the densest one of the core.
+    """
+
+    scheme: Scheme
+    range: Step = Step("absmax")
+    rounder: Step = Step("nearest")
+    columns: Step = Step("none")
+    layout: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "scheme": self.scheme.to_dict(),
+            "range": self.range.to_dict(),
+            "rounder": self.rounder.to_dict(),
+            "columns": self.columns.to_dict(),
+            "layout": self.layout,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """Inverse of `to_dict`."""
+        steps = {axis: Step.from_dict(data[axis]) for axis in ("range", "rounder", "columns")}
+        return cls(Scheme.from_dict(data["scheme"]), layout=data["layout"], **steps)
+
+
+Preset = Callable[..., Recipe]
+PRESETS: Table[Preset] = Table("method")

@@ -1,0 +1,63 @@
+"""The reference kernel: runs every layout on every torch device by unpacking, dequantizing and `F.linear`.
+
+It defines what the fast kernels must compute; it is not fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layouts import unpack
+from .qtensor import Outliers
+from .ranges import absmax
+from .rounders import nearest
+from .spec import InputSpec, PackedSpec, TensorSpec
+from .stats import Stats
+
+_INPUT = Stats("input")
+
+
+def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`.
+
+    With a quantized input the product is taken in float32, which stands in for exact integer accumulation.
+    """
+    q = unpack(packed, spec)
+    if spec.scheme.input is None:
+        return F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    seen = quantize_input(x.reshape(-1, x.shape[-1]).float(), spec.scheme.input, q.outliers)
+    y = F.linear(seen, q.dequantize(), None if bias is None else bias.float())
+    return y.reshape(*x.shape[:-1], spec.shape[0]).to(x.dtype)
+
+
+def quantize_input(x: Tensor, spec: InputSpec, outliers: Outliers | None) -> Tensor:
+    """What the layer sees of its input `x` [T, K] float32: quantized values, outlier columns as they are."""
+    keep = outlier_columns(x, spec.split, outliers)
+    return torch.where(keep, x, round_trip(x.masked_fill(keep, 0), spec.tensor))
+
+
+def outlier_columns(x: Tensor, split: float | None, outliers: Outliers | None) -> Tensor:
+    """Mask [K] bool of the columns that stay in floating point.
+
+    Those with 16-bit weights always, and with a `split` those that hold a magnitude of at least that in any token.
+    """
+    keep = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+    if split is not None:
+        keep |= (x.abs() >= split).any(0)
+    if outliers is not None:
+        keep[outliers.index.long()] = True
+    return keep
+
+
+def round_trip(x: Tensor, spec: TensorSpec) -> Tensor:
+    """Quantize `x` [T, K] float32 with ranges of its own and dequantize again."""
+    if x.numel() == 0:
+        return x
+    return nearest(x, absmax(x, spec, _INPUT), absmax, _INPUT).dequantize()
+
+
+def input_grad(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:
+    """Gradient [..., K] of the input: grad [..., N] @ W. Quantization of the input counts as identity."""
+    return grad @ unpack(packed, spec).dequantize(grad.dtype)

@@ -1,0 +1,67 @@
+"""From the bounds of a block to its scale and zero point, as they will be stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grids import Grid
+from .qtensor import QTensor
+from .spec import SCALE_DTYPES, TensorSpec
+
+
+def scale_from_bounds(low: Tensor, high: Tensor, grid: Grid, zero: bool) -> Tensor:
+    """Scales (real units per grid step, same shape, float32) that map [low, high] onto the grid; 1 where both are 0.
+
+    Asymmetric: (high - low) / (L - 1) with 0 inside the range. Symmetric: max(|low|, |high|) / largest level.
+    """
+    if zero:
+        scale = (high.clamp_min(0) - low.clamp_max(0)) / (grid.size - 1)
+    else:
+        scale = torch.maximum(high, -low).clamp_min(0) / grid.top
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def zero_from_bounds(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Zero points (codes of the real number 0, float32) for the scales as stored."""
+    return (-low.clamp_max(0) / scale).round().clamp_(0, grid.size - 1)
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales [any shape] rounded to `dtype`, kept positive and finite: never 0 by underflow, never infinite."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.smallest_normal, limits.max).to(dtype)
+
+
+def store_scales(scale: Tensor, how: str | TensorSpec) -> Tensor | QTensor:
+    """Scales [R, C] float32 in their stored form: a tensor of a dtype, or a QTensor [1, R * C]."""
+    if isinstance(how, str):
+        return as_stored(scale, SCALE_DTYPES[how])
+    return _quantize_scales(scale.reshape(1, -1), how)
+
+
+def _quantize_scales(scale: Tensor, spec: TensorSpec) -> QTensor:
+    """Quantize a row of positive scales [1, S] by absmax; the smallest positive level is the floor.
+
+    Rounding a scale to 0 would erase its whole block.
+    """
+    grid = spec.numbers()
+    (top,) = spec.blocks.reduce(scale, lambda x: (x.amax(1) / grid.top,))
+    outer = store_scales(top, spec.scale)
+    shape = (scale.shape[0], scale.shape[1])
+    outer_values = outer.dequantize().reshape(top.shape) if isinstance(outer, QTensor) else outer.float()
+    codes = grid.encode(scale / spec.blocks.expand(outer_values, shape))
+    return QTensor(codes.clamp_min(grid.zero_code + 1), outer, None, None, spec)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """Codes [same shape] uint8 of float32 `x`; `scale` and `zero` broadcast against it."""
+    if zero is None:
+        return grid.encode(x / scale)
+    return (x / scale).round_().add_(zero).clamp_(0, grid.size - 1).to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """Real values [same shape] float32 of `codes`."""
+    numbers = grid.decode(codes)
+    return (numbers if zero is None else numbers - zero) * scale

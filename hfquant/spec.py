@@ -1,0 +1,135 @@
+"""What a quantized weight is, as plain data with an exact JSON round trip: no torch objects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .blocks import Blocks
+from .errors import SpecError
+from .grids import Grid, IntGrid, grid
+
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Numbers of one tensor.
+
+    `scale` is a dtype name, or a TensorSpec that quantizes the scales themselves, taken as one row [1, R * C] (double
+    quantization, NVFP4). `zero`: whether each block has a zero point (asymmetric); needs an unsigned integer grid.
+    """
+
+    grid: str
+    blocks: Blocks
+    zero: bool = False
+    scale: str | TensorSpec = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str) and self.scale not in SCALE_DTYPES:
+            raise SpecError(f"scales are stored as {', '.join(SCALE_DTYPES)} or quantized, got {self.scale!r}")
+        if self.zero and not self.grid.startswith("uint"):
+            raise SpecError(f"a zero point needs an unsigned integer grid such as uint4, got {self.grid!r}")
+
+    def numbers(self) -> Grid:
+        """The grid itself. Raises SpecError if its name is not known."""
+        return grid(self.grid)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype in which a scale is looked at while searching; nested scales are searched in float32."""
+        return SCALE_DTYPES[self.scale] if isinstance(self.scale, str) else torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        scale = self.scale if isinstance(self.scale, str) else self.scale.to_dict()
+        blocks = [self.blocks.rows, self.blocks.cols]
+        return {"grid": self.grid, "blocks": blocks, "zero": self.zero, "scale": scale}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TensorSpec:
+        """Inverse of `to_dict`."""
+        scale = data["scale"] if isinstance(data["scale"], str) else cls.from_dict(data["scale"])
+        return cls(data["grid"], Blocks(*data["blocks"]), data["zero"], scale)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Quantization of a layer's input inside the layer.
+
+    `dynamic`: ranges come from the input itself at run time. `split`: columns that hold a magnitude of at least this
+    stay in floating point (LLM.int8); which columns do is decided over all tokens of the call.
+    """
+
+    tensor: TensorSpec
+    dynamic: bool = True
+    split: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dynamic:
+            raise SpecError("static input ranges need calibration, which no installed method provides: use dynamic")
+        if not isinstance(self.tensor.scale, str):
+            raise SpecError("the scales of an input cannot be quantized")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"tensor": self.tensor.to_dict(), "dynamic": self.dynamic, "split": self.split}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> InputSpec:
+        """Inverse of `to_dict`."""
+        return cls(TensorSpec.from_dict(data["tensor"]), data["dynamic"], data["split"])
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Numbers of one layer: its weight and, if quantized, its input."""
+
+    weight: TensorSpec
+    input: InputSpec | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"weight": self.weight.to_dict(), "input": self.input.to_dict() if self.input else None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Scheme:
+        """Inverse of `to_dict`."""
+        return cls(TensorSpec.from_dict(data["weight"]), InputSpec.from_dict(data["input"]) if data["input"] else None)
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """Everything a kernel must know about a packed weight besides its tensors.
+
+    `shape` is [N, K] of the matrix; `outliers` the number of columns kept in 16 bit; `names` the packed tensors in
+    the order in which ops receive them.
+    """
+
+    layout: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    names: tuple[str, ...]
+    outliers: int = 0
+
+    def key(self) -> str:
+        """Text form, the argument that ops take; `PackedSpec.parse` is its inverse and is cached."""
+        data = {"layout": self.layout, "shape": self.shape, "scheme": self.scheme.to_dict(), "names": self.names}
+        return json.dumps({**data, "outliers": self.outliers}, sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(key: str) -> PackedSpec:
+        """Inverse of `key`."""
+        data = json.loads(key)
+        scheme = Scheme.from_dict(data["scheme"])
+        return PackedSpec(data["layout"], tuple(data["shape"]), scheme, tuple(data["names"]), data["outliers"])
+
+
+def is_affine(spec: TensorSpec) -> bool:
+    """Whether kernels can decode by `(code - zero) * scale`."""
+    return isinstance(spec.numbers(), IntGrid)

@@ -1,0 +1,148 @@
+"""Replace the modules of a model by their packed forms, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .coverage import Target, aliases
+from .experts import QExperts, expert_projections, to_packed_experts
+from .nn import PackedModule, QEmbedding, QLinear, adopt
+from .quantize import pack, pack_empty, quantize_linear
+from .recipe import Recipe
+from .stats import Stats
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule | QExperts]]:
+    """All packed modules of a model with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule | QExperts):
+            yield name, module
+
+
+def swap_in(model: nn.Module, targets: Iterable[Target], recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
+    """Replace each target by a packed module with empty tensors on the meta device.
+
+    `outliers`: number of 16-bit columns by "module" or "module.projection". `wait`: keep full-precision placeholders
+    beside them, for weights that arrive unquantized.
+    """
+    for target in targets:
+        module = model.get_submodule(target.name)
+        if target.kind == "experts":
+            _swap_experts(target.name, module, recipe, outliers, wait)
+        else:
+            count = next((outliers[alias] for alias in aliases(model, target.name) if alias in outliers), 0)
+            _swap_matrix(model, target, module, recipe, count, wait)
+
+
+def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recipe, outliers: int, wait: bool) -> None:
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype
+    new: PackedModule
+    if isinstance(old, nn.Embedding):
+        new = QEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, dtype)
+        shape = (old.num_embeddings, old.embedding_dim)
+    else:
+        rows, cols = reversed(weight.shape) if target.kind == "conv1d" else weight.shape
+        shape = (rows, cols)
+        bias = old._parameters.get("bias")
+        new = QLinear(cols, rows, bias, dtype)
+    new.kind = target.kind
+    new.hold(*pack_empty(shape, recipe, dtype, outliers))
+    if wait:
+        new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    mark_initialized(new)
+    parent, _, leaf = target.name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, adopt(new, old))
+
+
+def _swap_experts(name: str, module: nn.Module, recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
+    projections = expert_projections(module)
+    weights = {projection: module._parameters[projection] for projection in projections}
+    first = weights[projections[0]]
+    assert first is not None
+    experts = to_packed_experts(module, first.dtype)
+    for projection, weight in weights.items():
+        assert weight is not None
+        count, rows, cols = weight.shape
+        shape = (cols, rows) if experts.is_transposed else (rows, cols)
+        packed, spec = pack_empty(shape, recipe, weight.dtype, outliers.get(f"{name}.{projection}", 0))
+        experts.hold(projection, {key: t.expand(count, *t.shape) for key, t in packed.items()}, spec)
+        if not wait:
+            del experts._parameters[projection]
+    mark_initialized(experts)
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from initialising a packed module, which would dequantize every weight."""
+    module._is_hf_initialized = True
+
+
+def quantize_into(
+    module: PackedModule | QExperts, leaf: str, w: Tensor, recipe: Recipe, stats: Stats
+) -> dict[str, Tensor]:
+    """Quantize the full-precision weight that `module` waits for under `leaf`, and drop its placeholder.
+
+    Returns the packed tensors by parameter name; `module` learns their description but does not hold them yet.
+    """
+    module._parameters.pop(leaf)
+    if isinstance(module, PackedModule):
+        if module.kind == "conv1d":
+            w = w.T
+        packed, spec = pack(quantize_linear(w.contiguous(), recipe, stats), recipe)
+        module.hold({name: value.to("meta") for name, value in packed.items()}, spec)
+        return packed
+    packed, spec = _quantize_experts(module, w, recipe, stats)
+    module.hold(leaf, {name: value.to("meta") for name, value in packed.items()}, spec)
+    return {f"{leaf}_{name}": value for name, value in packed.items()}
+
+
+def _quantize_experts(module: QExperts, w: Tensor, recipe: Recipe, stats: Stats) -> tuple[dict[str, Tensor], Any]:
+    """Quantize a fused weight [E, N, K] (or transposed) expert by expert and stack the packed tensors."""
+    parts, spec = [], None
+    for expert, matrix in enumerate(w.transpose(1, 2) if module.is_transposed else w):
+        named = Stats(f"{stats.name}[{expert}]", stats.producer_std)
+        packed, spec = pack(quantize_linear(matrix.contiguous(), recipe, named), recipe)
+        parts.append(packed)
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}, spec
+
+
+def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every packed module by an ordinary one with dequantized weights in `dtype`."""
+    for name, module in list(packed_modules(model)):
+        if isinstance(module, QExperts):
+            _restore_experts(module, dtype)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, adopt(_restore(module, dtype), module))
+
+
+def _restore(module: PackedModule, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(module.qtensor().dequantize(dtype))
+    new: nn.Module
+    with torch.device("meta"):
+        if isinstance(module, QEmbedding):
+            new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+        elif module.kind == "conv1d":
+            new = Conv1D(weight.shape[0], weight.shape[1])
+            weight = nn.Parameter(weight.T.contiguous())
+        else:
+            new = nn.Linear(weight.shape[1], weight.shape[0], bias=module._parameters["bias"] is not None)
+    new.register_parameter("weight", weight)
+    if (bias := module._parameters.get("bias")) is not None:
+        new.register_parameter("bias", nn.Parameter(bias.to(dtype)))
+    return new
+
+
+def _restore_experts(module: QExperts, dtype: torch.dtype) -> None:
+    weights = {projection: module.dequantize(projection, dtype) for projection in module.specs}
+    for name in module.packed_names():
+        del module._parameters[name]
+    module.__class__ = module.original  # type: ignore[assignment]
+    for projection, weight in weights.items():
+        module.register_parameter(projection, nn.Parameter(weight))

@@ -1,0 +1,176 @@
+"""The wheel holds what the tree holds, and each plugin installs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+GROUP = "hfquant.backends"
+PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
+NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.egg-info", "build", "*.so")
+
+
+def project(folder: Path) -> dict[str, Any]:
+    """The [project] table of a folder's pyproject.toml."""
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+
+
+def tree(folder: Path, package: str) -> dict[str, Path]:
+    """Where each file below a source folder belongs in a wheel that installs it as `package`."""
+    names = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(NOT_SOURCE(str(folder), [part]) for part in parts):
+            names["/".join([*package.split("."), *parts])] = path
+    return names
+
+
+def expected_in_wheel() -> dict[str, Path]:
+    """Every file that `pip install .` must install."""
+    names = tree(ROOT / "hfquant", "hfquant")
+    for name in PLUGINS:
+        names |= tree(ROOT / "plugins" / name / f"hfquant_{name}", f"hfquant_{name}")
+    for folder in sorted(path for path in (ROOT / "kernels").iterdir() if path.is_dir()):
+        owner = "hfquant" if folder.name == "core" else f"hfquant_{folder.name}"
+        names |= tree(folder, f"{owner}.kernels")
+    return names
+
+
+def build_wheel(source: Path, scratch: Path) -> Path:
+    """Build from a copy: setuptools leaves build/ behind, and a later wheel would contain its stale files."""
+    copy = scratch / "source"
+    copy.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name in {"hfquant", "plugins", "kernels"} or path.name.startswith("hfquant_"):
+            shutil.copytree(path, copy / path.name, ignore=NOT_SOURCE)
+        elif path.is_file():
+            shutil.copy(path, copy)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(scratch)]
+    run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], cwd=scratch)
+    (wheel,) = scratch.glob("*.whl")
+    return wheel
+
+
+def run(command: list[str], **options: Any) -> str:
+    """Run a command; its standard output, or a failure that shows everything it said."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
+    return done.stdout
+
+
+def files_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="session")
+def root_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(ROOT, tmp_path_factory.mktemp("root_wheel"))
+
+
+@pytest.fixture(scope="session")
+def dependencies_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sys.path: every installed distribution except hfquant's own, and the tree's hfquant."""
+    folder = tmp_path_factory.mktemp("dependencies")
+    for site in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
+        for path in Path(site).iterdir():
+            if "hfquant" not in path.name and path.suffix != ".pth":
+                (folder / path.name).symlink_to(path)
+    (folder / "hfquant").symlink_to(ROOT / "hfquant")
+    return folder
+
+
+def test_wheel_is_the_tree(root_wheel: Path) -> None:
+    expected, found = set(expected_in_wheel()), files_in(root_wheel)
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    assert not missing and not extra, (
+        f"missing from the wheel: {missing}; in the wheel but not in the tree: {extra}. "
+        "Edit `packages`, `package-dir` and `package-data` in pyproject.toml."
+    )
+
+
+def test_wheel_is_typed(root_wheel: Path) -> None:
+    assert "hfquant/py.typed" in files_in(root_wheel)
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """It would shadow the Hub's `kernels` package, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_entry_points_are_the_union_of_the_plugins() -> None:
+    union: dict[str, str] = {}
+    for name in PLUGINS:
+        union |= project(ROOT / "plugins" / name)["entry-points"][GROUP]
+    assert project(ROOT)["entry-points"][GROUP] == union
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_plugin_metadata_agrees_with_the_root(name: str) -> None:
+    root, plugin = project(ROOT), project(ROOT / "plugins" / name)
+    for key in ("version", "requires-python", "license"):
+        assert plugin[key] == root[key], key
+    wanted, allowed = requirements(plugin["dependencies"]), requirements(root["dependencies"])
+    assert str(wanted.pop("hfquant").specifier) == f">={root['version']}"
+    assert {key: str(value) for key, value in wanted.items()}.items() <= {
+        key: str(value) for key, value in allowed.items()
+    }.items()
+
+
+def test_constraints_pin_every_dependency_within_its_range() -> None:
+    table = project(ROOT)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = requirements([line for line in lines if line and not line.startswith("#")])
+    dependencies = requirements([*table["dependencies"], *table["optional-dependencies"]["dev"]])
+    for name, requirement in dependencies.items():
+        (pin,) = pins[name].specifier
+        assert pin.operator == "==", name
+        assert requirement.specifier.contains(pin.version), f"{pins[name]} is outside {requirement}"
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_plugin_installs_alone(name: str, dependencies_only: Path, tmp_path: Path) -> None:
+    folder, package = ROOT / "plugins" / name, f"hfquant_{name}"
+    wheel = build_wheel(folder, tmp_path / "wheel")
+    assert files_in(wheel) == set(tree(folder / package, package))
+
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False)
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run([str(python), "-c", query], cwd=tmp_path).strip())
+    (site / "dependencies.pth").write_text(f"{dependencies_only}\n")
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    run([sys.executable, "-m", "pip", "--python", str(python), *install], cwd=tmp_path)
+
+    program = (
+        "import json; from importlib.metadata import entry_points\n"
+        f"points = entry_points(group={GROUP!r})\n"
+        "print(json.dumps({point.name: [point.dist.name, point.load().name] for point in points}))"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HFQUANT"))}
+    found = json.loads(run([str(python), "-c", program], cwd=tmp_path, env=clean).splitlines()[-1])
+    assert found == {name: [project(folder)["name"], name]}

@@ -1,0 +1,104 @@
+"""Rules of the code base that no off-the-shelf tool checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "hfquant").rglob("*.py"))
+SOURCES = [*CORE, *sorted(ROOT.glob("plugins/*/hfquant_*/**/*.py"))]
+MAX_LINES = 300
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+HEAVY = {"accelerate", "bitsandbytes", "compressed_tensors", "datasets", "peft", "rich", "triton", "typer"}
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def public(body: list[ast.stmt], inside: str = "") -> Iterator[tuple[str, Definition]]:
+    """The public classes and functions of a module, and the public methods of those classes."""
+    for node in body:
+        if not isinstance(node, Definition) or node.name.startswith("_"):
+            continue
+        decorators = {ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list}
+        if decorators & {"overload", "setter", "deleter"}:
+            continue  # the implementation or the getter carries the docstring
+        yield inside + node.name, node
+        if isinstance(node, ast.ClassDef):
+            yield from public(node.body, f"{inside}{node.name}.")
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    return [f"{name} (line {node.lineno})" for name, node in public(tree.body) if not ast.get_docstring(node)]
+
+
+def unsafe(tree: ast.Module) -> list[str]:
+    """Uses of formats that run code when they are read."""
+    found = []
+    for node in ast.walk(tree):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            modules = [ast.unparse(node)]
+        for name in modules:
+            if name in {"torch.load", "torch.save"} or name.split(".")[0] in UNSAFE_MODULES:
+                found.append(f"{name} (line {node.lineno})")
+    return found
+
+
+@each_source
+def test_everything_public_has_a_docstring(path: Path) -> None:
+    assert undocumented(ast.parse(path.read_text())) == []
+
+
+@each_source
+def test_no_pickle(path: Path) -> None:
+    """A checkpoint is data: reading one must never run code that somebody else wrote."""
+    assert unsafe(ast.parse(path.read_text())) == []
+
+
+@each_source
+def test_no_grab_bag_module(path: Path) -> None:
+    assert path.name not in {"utils.py", "helpers.py", "common.py", "misc.py"}, "name it for what it does"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: split it by what its parts do"
+
+
+def test_import_is_light() -> None:
+    """`import hfquant` loads nothing heavy that transformers' own quantizers do not load anyway."""
+    program = "import sys, {}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+
+    def loaded(module: str) -> set[str]:
+        command = [sys.executable, "-c", program.format(module)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    extra = loaded("hfquant") - loaded("transformers.quantizers.auto")
+    assert not extra & HEAVY
+    assert not {name for name in extra if name.startswith("hfquant_")}, "plugins load at first use"
+
+
+def test_the_checks_find_what_they_look_for() -> None:
+    sample = ast.parse(
+        "import pickle\n"
+        "from torch import load\n"
+        "def documented():\n    'Yes.'\n    torch.load('x')\n"
+        "def bare(): pass\n"
+        "def _private(): pass\n"
+        "class Box:\n    'Yes.'\n    def open(self): pass\n    def __len__(self): return 0\n"
+    )
+    assert undocumented(sample) == ["bare (line 6)", "Box.open (line 10)"]
+    assert sorted(unsafe(sample)) == ["pickle (line 1)", "torch.load (line 2)", "torch.load (line 5)"]
