@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,34 +36,28 @@ def forget_native_weights(config: Any) -> None:
         del config.transformers_weights
 
 
-def attach_save(model: PreTrainedModel) -> None:
-    """Make this model's `save_pretrained`, and with it `push_to_hub`, write a native checkpoint."""
-    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
-
-
-def detach_save(model: PreTrainedModel) -> None:
-    """Give the model back the `save_pretrained` of its class."""
-    vars(model).pop("save_pretrained", None)
-
-
-def save_pretrained(
-    model: PreTrainedModel, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+def save_native(
+    model: PreTrainedModel,
+    save: Callable[..., None],
+    save_directory: str | os.PathLike,
+    push_to_hub: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Save a quantized model as config.json, sharded `hfquant-*.safetensors` and their index.
 
-    Takes the keywords of `PreTrainedModel.save_pretrained`. The files never carry a name that fails open, not even
-    while they are being written.
+    `save` is `save_pretrained` of the model's own class. The files never carry a name that fails open, not even while
+    they are being written. With adapters attached by `load_adapter`, only they are saved, as transformers does.
     """
     kwargs.setdefault("save_original_format", False)
-    if getattr(model, "_hf_peft_config_loaded", False):  # adapters attached by `load_adapter`: only they are saved
-        type(model).save_pretrained(model, save_directory, push_to_hub=push_to_hub, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        save(save_directory, push_to_hub=push_to_hub, **kwargs)
         return
     hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("hfquant*.safetensors*"):
         stale.unlink()
-    type(model).save_pretrained(model, folder, variant=_VARIANT, **kwargs)
+    save(folder, variant=_VARIANT, **kwargs)
     if kwargs.get("is_main_process", True):
         _rename(folder)
     if push_to_hub:
@@ -84,8 +79,6 @@ def _rename(folder: Path) -> None:
 
 def _index_of(folder: Path) -> dict[str, Any]:
     """The index of a checkpoint that fits in one file."""
-    from safetensors import safe_open
-
     name = f"model.{_VARIANT}.safetensors"
     with safe_open(folder / name, framework="pt") as file:
         tensors = list(file.keys())

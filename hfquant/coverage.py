@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .errors import SpecError
 from .experts import expert_projections, why_not_experts
 
 
@@ -85,7 +86,8 @@ def survey(
     targets: list[Target] = []
     skipped: list[Skip] = []
     total = quantized = 0
-    seen: set[int] = set()
+    # On the meta device tied weights are still apart: the end that is filled by tying is not counted.
+    seen: set[int] = {id(model.get_parameter(name)) for name in _tied_ends(model)}
     for name, module in model.named_modules():
         own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
         seen |= {id(parameter) for parameter in own}
@@ -104,6 +106,13 @@ def survey(
         if size > packed:
             skipped.append(Skip(f"{name}.bias", size - packed, "biases"))
     return targets, Coverage(total, quantized, tuple(skipped))
+
+
+def _tied_ends(model: Any) -> list[str]:
+    """Names of the parameters that are copies of others."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    pairs = model.all_tied_weights_keys.items()
+    return [end for end, source in pairs if {end, source} <= names.keys() and names[end] is not names[source]]
 
 
 def aliases(model: Any, name: str) -> list[str]:
@@ -130,11 +139,25 @@ def _skip_reasons(model: Any, skip: list[str] | dict[str, str] | None) -> dict[s
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     reasons = {f"{key}$": "tied weights" for key in tied}
     if isinstance(skip, dict):
-        return reasons | {f"{name}$": reason for name, reason in skip.items()}
-    if skip is not None:
+        reasons |= {f"{name}$": reason for name, reason in skip.items()}
+        if type(model).__name__ in (model.config.architectures or []):
+            return reasons  # another class may have a head of its own, which the checkpoint does not hold
+    elif skip is not None:
+        _check_patterns(model, skip)
         return reasons | dict.fromkeys(skip, "in modules_to_not_convert")
     defaults = [key for key in get_keys_to_not_convert(model) if key not in tied]
     return reasons | {f"{key}$": "output layer, kept by default" for key in defaults}
+
+
+def _check_patterns(model: Any, patterns: list[str]) -> None:
+    """Raise SpecError for a pattern that matches no module: a typing error would quantize what was to be kept."""
+    names = [alias for name, _ in model.named_modules() for alias in aliases(model, name)]
+    for pattern in patterns:
+        if all(should_convert_module(name, [pattern]) for name in names):
+            raise SpecError(
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}. Give a full name, the "
+                f"end of one, or a regular expression that starts at the beginning, such as '.*{pattern}'"
+            )
 
 
 def _kind(module: nn.Module, embeddings: bool) -> tuple[str | None, str]:

@@ -17,11 +17,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
-from .checkpoint import attach_save, audit, detach_save, forget_native_weights, point_to_native_weights
+from .checkpoint import audit, forget_native_weights, point_to_native_weights
 from .config import QUANT_METHOD, HfQuantConfig
-from .coverage import Coverage, survey
+from .coverage import Coverage, Target, survey
+from .errors import HfQuantError
 from .experts import QExperts
+from .native_model import from_native, to_native
 from .nn import PackedModule
+from .pages import release_mapped
 from .quantize import check_recipe
 from .stats import Stats
 from .swap import packed_modules, quantize_into, swap_in, swap_out
@@ -48,13 +51,30 @@ class QuantizeOnLoad(ConversionOps):
                 continue
             if missing_keys is not None:
                 missing_keys.discard(name)
-            out |= self.quantizer.quantize_parameter(model, name, tensor)
+            try:
+                out |= self.quantizer.quantize_parameter(model, name, tensor)
+            except HfQuantError as error:
+                return {name: _Raise(error)}
+            release_mapped(tensor)
         return out
 
     @property
     def reverse_op(self) -> ConversionOps:
         """Nothing to undo: packed tensors are saved as they are."""
         return _Keep()
+
+
+class _Raise(list):
+    """Stands for a tensor that could not be made: the loader opens it as a list, outside of its error collection.
+
+    The loader would otherwise go on to the end and raise one RuntimeError that names neither layer nor cause.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self.error
 
 
 class _Keep(ConversionOps):
@@ -90,21 +110,23 @@ class HfQuantHfQuantizer(HfQuantizer):
         """Swap the modules of the meta model for packed ones."""
         config = self.quantization_config
         forget_native_weights(model.config)
-        self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files)
         skip: Any = config.skipped if self.pre_quantized else config.modules_to_not_convert
         targets, self.coverage = survey(model, skip, config.embeddings)
+        self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files, targets)
         if not self.pre_quantized:
             config.skipped = {skip.name: skip.reason for skip in self.coverage.skipped if skip.eligible}
             config.source_dtype = str(dtype or model.dtype).removeprefix("torch.")
         swap_in(model, targets, config.recipe, config.outlier_columns, wait=not self.pre_quantized)
 
-    def _find_producers(self, model: PreTrainedModel, checkpoint_files: Any) -> dict[str, Tensor]:
+    def _find_producers(
+        self, model: PreTrainedModel, checkpoint_files: Any, targets: list[Target]
+    ) -> dict[str, Tensor]:
         """Spread of the weights that produce each layer's input, if the recipe asks for it."""
         if self.quantization_config.recipe.columns.name != "proxy":
             return {}
         from .proxy import producer_std
 
-        return producer_std(model, checkpoint_files)
+        return producer_std(model, checkpoint_files, [target.name for target in targets])
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a full-precision parameter is to be packed: its module still waits for it."""
@@ -143,7 +165,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         bits = self.quantization_config.recipe.scheme.weight.numbers().bits
         # The marks that PEFT's `prepare_model_for_kbit_training` looks for.
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits <= 4, bits > 4
-        attach_save(model)
+        to_native(model)
         if self.coverage is not None:
             logger.info("hfquant %s: %s", self.quantization_config.method, self.coverage.line())
         return model
@@ -151,7 +173,7 @@ class HfQuantHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Back to ordinary modules with the quantized values in `dtype`."""
         swap_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
-        detach_save(model)
+        from_native(model)
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         return model
 

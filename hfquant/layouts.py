@@ -74,7 +74,7 @@ class Layout:
         counts = spec.blocks.counts(shape)
         scale = _unpack_scale(packed, "scale", counts, spec.scale)
         values = scale.dequantize().reshape(counts) if isinstance(scale, QTensor) else scale
-        chosen = {name: packed[name][index] for name in ("codes", "zero") if name in packed}
+        chosen: dict[str, Tensor] = {name: packed[name][index] for name in ("codes", "zero") if name in packed}
         part = self.unpack({**packed, **chosen, "scale": values[index]}, (index.numel(), shape[1]), _plain(spec))
         return part.dequantize()
 
@@ -159,7 +159,7 @@ def empty_qtensor(
     scale = _empty_scale(counts, spec.scale, device)
     zero = torch.empty(counts, dtype=torch.uint8, device=device) if spec.zero else None
     fitted = hasattr(spec.numbers(), "fit")
-    levels = torch.empty(2 ** spec.numbers().bits, device=device) if fitted else None
+    levels = torch.empty(2 ** spec.numbers().bits, dtype=torch.float32, device=device) if fitted else None
     kept = None
     if outliers:
         kept_dtype = dtype if dtype == torch.float16 else torch.bfloat16

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .coverage import Target, aliases
 from .experts import QExperts, expert_projections, to_packed_experts
 from .nn import PackedModule, QEmbedding, QLinear, adopt
-from .quantize import pack, pack_empty, quantize_linear
+from .quantize import choose_columns, pack, pack_empty, quantize_linear
 from .recipe import Recipe
 from .stats import Stats
 
@@ -103,11 +103,17 @@ def quantize_into(
 
 
 def _quantize_experts(module: QExperts, w: Tensor, recipe: Recipe, stats: Stats) -> tuple[dict[str, Tensor], Any]:
-    """Quantize a fused weight [E, N, K] (or transposed) expert by expert and stack the packed tensors."""
+    """Quantize a fused weight [E, N, K] (or transposed) expert by expert and stack the packed tensors.
+
+    Stacks need one shape, so every expert keeps the 16-bit columns that any of them asks for.
+    """
+    matrices = [matrix.contiguous() for matrix in (w.transpose(1, 2) if module.is_transposed else w)]
+    names = [Stats(f"{stats.name}[{expert}]", stats.producer_std) for expert in range(len(matrices))]
+    chosen = [choose_columns(matrix, recipe, name) for matrix, name in zip(matrices, names, strict=True)]
+    columns = torch.cat(chosen).unique()
     parts, spec = [], None
-    for expert, matrix in enumerate(w.transpose(1, 2) if module.is_transposed else w):
-        named = Stats(f"{stats.name}[{expert}]", stats.producer_std)
-        packed, spec = pack(quantize_linear(matrix.contiguous(), recipe, named), recipe)
+    for matrix, name in zip(matrices, names, strict=True):
+        packed, spec = pack(quantize_linear(matrix, recipe, name, columns), recipe)
         parts.append(packed)
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}, spec
 

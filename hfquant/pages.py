@@ -1,0 +1,41 @@
+"""Give back the memory of checkpoint pages that were read: a mapped file otherwise stays resident to the end."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+from torch import Tensor
+
+_MADV_DONTNEED = 4
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Drop the resident pages of a tensor that is a view of a file mapping; the file keeps the data.
+
+    Does nothing for tensors in ordinary memory, where dropping pages would erase them, and outside Linux. Only pages
+    that belong to this tensor alone are touched.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if stop > start and _is_unwritten_file(start, stop):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+
+def _is_unwritten_file(start: int, stop: int) -> bool:
+    """Whether the addresses lie in one mapping of a file that this process has not written to."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            fields = line.split()
+            if "-" in fields[0]:
+                low, high = (int(bound, 16) for bound in fields[0].split("-"))
+                inside = low <= start and stop <= high and len(fields) > 5 and fields[5].startswith("/")
+            elif inside and fields[0] == "Anonymous:":
+                return fields[1] == "0"
+    return False

@@ -1,0 +1,133 @@
+"""Native checkpoints: closed to plain transformers, open through the Hub, safe files only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from hfquant import HfQuantConfig
+from hfquant.testing.fakehub import FakeHub
+from hfquant.testing.tiny import tiny_inputs, tiny_model
+
+
+@pytest.fixture(params=["10GB", "40KB"], ids=["one-file", "shards"])
+def native(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = HfQuantConfig("int4")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    model.save_pretrained(tmp_path / "native", max_shard_size=request.param)
+    return tmp_path / "native"
+
+
+@pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel"])
+def test_plain_transformers_raises_instead_of_returning_random_weights(native: Path, cls: str) -> None:
+    script = f"import sys, transformers; transformers.{cls}.from_pretrained(sys.argv[1]); print('LOADED')"
+    done = subprocess.run([sys.executable, "-c", script, str(native)], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "LOADED" not in done.stdout
+    assert "OSError" in done.stderr
+
+
+def test_files_are_safetensors_and_json_with_native_names_only(native: Path) -> None:
+    names = {path.name for path in native.iterdir()}
+    assert not [name for name in names if name.startswith(("model", "pytorch_model"))]
+    assert {Path(name).suffix for name in names} == {".json", ".safetensors"}
+    index = json.loads((native / "hfquant.safetensors.index.json").read_text())
+    on_disk = {tensor for name in names if name.endswith(".safetensors") for tensor in load_file(native / name)}
+    assert set(index["weight_map"]) == on_disk
+    assert "transformers_weights" not in json.loads((native / "config.json").read_text())
+
+
+def test_config_records_version_recipe_and_plugins(native: Path) -> None:
+    stored = json.loads((native / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "hfquant"
+    assert stored["format_version"] == 1
+    assert stored["method"] == "int4"
+    assert stored["recipe"]["scheme"]["weight"]["grid"] == "int4"
+    assert stored["plugins"] == {}
+    assert stored["skipped"] == {
+        "lm_head": "output layer, kept by default",
+    }
+
+
+def test_saving_over_an_older_checkpoint_leaves_no_stale_shards(native: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(native)
+    model.save_pretrained(native)
+    assert {path.name for path in native.glob("*.safetensors")} == {"hfquant.safetensors"}
+    LlamaForCausalLM.from_pretrained(native)
+
+
+ROUND_TRIP = """
+import sys, torch, hfquant
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+source, size, how = sys.argv[1:]
+if how == "push_to_hub":
+    AutoModelForCausalLM.from_pretrained(source).push_to_hub("me/model", max_shard_size=size)
+elif how == "save_and_push":
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(source + "-out", push_to_hub=True, repo_id="me/model", max_shard_size=size)
+else:
+    model = AutoModelForCausalLM.from_pretrained("me/model")
+    ids = torch.arange(1, 14)[None]
+    with torch.no_grad():
+        save_file({"logits": model(input_ids=ids).logits}, how)
+"""
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_and_push"])
+@pytest.mark.parametrize("size", ["10GB", "40KB"])
+def test_push_to_hub_and_back(native: Path, tmp_path: Path, size: str, how: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(native)
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(1, 14)[None]).logits
+    with FakeHub(lfs_from=20_000) as hub:
+        environment = {**os.environ, **hub.environment()}
+        for step in (how, str(tmp_path / "logits.safetensors")):
+            command = [sys.executable, "-c", ROUND_TRIP, str(native), size, step]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.repos["me/model"].files
+    assert "hfquant.safetensors.index.json" in files
+    assert not [name for name in files if name.startswith("model")]
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_generation_works_after_reload(native: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(native)
+    ids = tiny_inputs(model)["input_ids"]
+    out = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert out.shape == (ids.shape[0], ids.shape[1] + 4)
+
+
+def test_copies_and_pickles_still_save_closed(native: Path, tmp_path: Path) -> None:
+    import copy
+    import io
+
+    model = LlamaForCausalLM.from_pretrained(native)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for number, twin in enumerate([copy.deepcopy(model), torch.load(buffer, weights_only=False)]):
+        folder = tmp_path / f"twin{number}"
+        twin.save_pretrained(folder)
+        assert not list(folder.glob("model*"))
+        ids = torch.arange(1, 14)[None]
+        with torch.no_grad():
+            assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_model_dtype_is_that_of_the_model_not_of_its_scales(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = HfQuantConfig("int8", embeddings=True, modules_to_not_convert=[])
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    assert next(model.parameters()).dtype == torch.uint8
+    assert model.model.embed_tokens.scale.dtype == torch.float32
+    assert model.dtype == torch.bfloat16
