@@ -4,8 +4,9 @@ Importing it registers the method "hfquant" with transformers: `from_pretrained`
 checkpoints that were saved with one.
 """
 
-from . import builtin as _builtin
-from . import hf as _hf
+from . import builtin as _builtin  # noqa: F401
+from . import hf as _hf  # noqa: F401
+from .api import coverage, explain, quantize
 from .backend import backends
 from .config import HfQuantConfig
 from .errors import BackendError, FormatError, HfQuantError, SpecError, UnsupportedError, WeightError
@@ -22,5 +23,8 @@ __all__ = [
     "UnsupportedError",
     "WeightError",
     "backends",
+    "coverage",
+    "explain",
+    "quantize",
     "use_kernel",
 ]

@@ -15,13 +15,31 @@ _SAMPLE = 1 << 20  # values a fitted codebook looks at: quantiles of a million v
 
 
 def nf4() -> Codebook:
-    """NormalFloat-4: quantiles of a normal distribution, 8 levels above zero, 7 below. Source: QLoRA, appendix E."""
-    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    ppf = torch.special.ndtri
-    positive = ppf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -ppf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)]) / positive[0]
-    return Codebook("nf4", tuple(levels.tolist()))
+    """NormalFloat-4: quantiles of a normal distribution, 8 levels above zero, 7 below. Source: QLoRA, appendix E.
+
+    The published numbers and not the formula, whose last digits depend on the precision it is evaluated in: stored
+    NF4 weights mean these numbers.
+    """
+    negative = (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+    )
+    positive = (
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    )
+    return Codebook("nf4", (*negative, 0.0, *positive))
 
 
 def fp4() -> Codebook:
@@ -87,13 +105,15 @@ class QuantileGrid(FittedGrid):
         levels = quantiles(x, self.width)
         levels /= levels.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         levels[levels.abs().argmin()] = 0.0
-        return Codebook(self.name, tuple(sorted(set(levels.tolist()))))
+        numbers = set(levels.float().tolist())  # float32 first: what is unique must be unique as stored
+        return Codebook(self.name, tuple(sorted(numbers if len(numbers) > 1 else {0.0, 1.0})))
 
 
 def quantiles(x: Tensor, bits: int) -> Tensor:
     """Medians [2^bits] float64 of the equally filled bins of `x`, from at most a million evenly spaced values."""
     flat = x.flatten()
-    flat = flat[:: max(1, flat.numel() // _SAMPLE)].double().sort().values
+    # An odd stride: an even one would look at some columns only, as widths are multiples of powers of two.
+    flat = flat[:: (flat.numel() // _SAMPLE) | 1].double().sort().values
     count = 2**bits
     where = (torch.arange(count, dtype=torch.float64, device=flat.device) + 0.5) / count * (flat.numel() - 1)
     low = where.floor().long()

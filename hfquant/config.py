@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .backend import Plugin, backends, origin
-from .errors import BackendError, FormatError, SpecError
-from .quantize import check_recipe
+from .backend import provider, require
+from .columns import COLUMNS
+from .errors import FormatError, HfQuantError, SpecError
+from .grids import GRIDS
+from .layouts import LAYOUTS
+from .quantize import check_recipe, layout_of
+from .ranges import RANGES
 from .recipe import PRESETS, Recipe
+from .rounders import ROUNDERS
+from .spec import TensorSpec
+from .tables import Table
 
 QUANT_METHOD = "hfquant"
 FORMAT_VERSION = 1
+_REQUEST = ("method", "options", "modules_to_not_convert", "embeddings")
+_RESULT = ("plugins", "skipped", "outlier_columns", "source_dtype")
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508; in particular no pip option
 
 
 class HfQuantConfig(QuantizationConfigMixin):
@@ -25,7 +38,8 @@ class HfQuantConfig(QuantizationConfigMixin):
     `method`: "int4", "nf4", "fp8", "llm_int8", ...: see `hfquant backends`. `modules_to_not_convert`: names or
     patterns of modules to leave alone; None leaves the output embedding alone, [] quantizes it too (tied weights are
     always left alone). `embeddings`: quantize input embeddings as well. Other keywords are the method's options; see
-    its docstring. Raises SpecError for unknown names and options, before anything is loaded.
+    its docstring; their values are numbers, strings, lists and dicts, so that a checkpoint can record them. Raises
+    SpecError for unknown names and options, before anything is loaded.
     """
 
     def __init__(
@@ -38,11 +52,11 @@ class HfQuantConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.method = method
-        self.options = options
-        self.modules_to_not_convert = modules_to_not_convert
+        self.options = {name: _plain(value, name) for name, value in options.items()}
+        self.modules_to_not_convert = _names(modules_to_not_convert)
         self.embeddings = embeddings
         self.recipe = check_recipe(_expand(method, options))
-        self.plugins = _plugins_of(method)
+        self.plugins = _plugins_of(method, self.recipe)
         self.skipped: dict[str, str] | None = None
         self.outlier_columns: dict[str, int] = {}
         self.source_dtype: str | None = None
@@ -50,10 +64,16 @@ class HfQuantConfig(QuantizationConfigMixin):
     @classmethod
     def from_recipe(cls, path: str | Path) -> HfQuantConfig:
         """Read a YAML file that holds `method` and its options. Raises SpecError if it is not that."""
-        data = yaml.safe_load(Path(path).read_text())
-        if not isinstance(data, dict) or "method" not in data:
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            raise SpecError(f"{path} is not YAML: {error}") from error
+        if not isinstance(data, dict) or "method" not in data or not all(isinstance(key, str) for key in data):
             raise SpecError(f"{path}: a recipe is a mapping with a 'method' and its options")
-        return cls(**data)
+        try:
+            return cls(**data)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -68,34 +88,33 @@ class HfQuantConfig(QuantizationConfigMixin):
     def _stored(cls, data: dict[str, Any]) -> HfQuantConfig:
         if data["format_version"] != FORMAT_VERSION:
             raise FormatError(
-                f"the checkpoint has hfquant format {data['format_version']}, this version reads {FORMAT_VERSION}: "
+                f"the checkpoint has hfquant format {data['format_version']!r}, this version reads {FORMAT_VERSION}: "
                 "update hfquant, or quantize the original model again"
             )
+        if missing := [name for name in (*_REQUEST, *_RESULT, "recipe") if name not in data]:
+            raise FormatError(f"config.json: quantization_config has no {', '.join(missing)}: the file was changed")
         _require_plugins(data["plugins"])
         config = cls.__new__(cls)
         config.quant_method = QUANT_METHOD
-        for name in ("method", "options", "modules_to_not_convert", "embeddings", "plugins"):
+        for name in (*_REQUEST, *_RESULT):
             setattr(config, name, data[name])
-        for name in ("skipped", "outlier_columns", "source_dtype"):
-            setattr(config, name, data[name])
-        config.recipe = check_recipe(Recipe.from_dict(data["recipe"]))
+        try:
+            config.recipe = Recipe.from_dict(data["recipe"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"config.json: the recipe of quantization_config is damaged: {error!r}") from error
+        check_recipe(config.recipe)
         return config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfQuantConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # it changes when a model is loaded with it
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: the request, and the recipe that it stands for in full."""
-        return {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "method": self.method,
-            "options": self.options,
-            "modules_to_not_convert": self.modules_to_not_convert,
-            "embeddings": self.embeddings,
-            "recipe": self.recipe.to_dict(),
-            "plugins": self.plugins,
-            "skipped": self.skipped,
-            "outlier_columns": self.outlier_columns,
-            "source_dtype": self.source_dtype,
-        }
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in (*_REQUEST, *_RESULT)}
+        tags = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        return {**tags, **plain, "recipe": self.recipe.to_dict()}
 
 
 def _without_tag(data: dict[str, Any]) -> dict[str, Any]:
@@ -107,29 +126,84 @@ def _expand(method: str, options: dict[str, Any]) -> Recipe:
     preset = PRESETS.get(method)
     known = inspect.signature(preset).parameters
     unknown = [option for option in options if option not in known]
-    if unknown:
-        names = ", ".join(known) or "none"
-        raise SpecError(f"method {method!r} has no option {', '.join(map(repr, unknown))}: its options are {names}")
-    return preset(**options)
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        names = ", ".join(name for name, parameter in known.items() if parameter.kind is not parameter.VAR_KEYWORD)
+        asked = ", ".join(map(repr, unknown))
+        raise SpecError(f"method {method!r} has no option {asked}: its options are {names or 'none'}")
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    if missing := [name for name in required if name not in options and not _is_variadic(known[name])]:
+        raise SpecError(f"method {method!r} needs the option {', '.join(map(repr, missing))}")
+    try:
+        recipe = preset(**options)
+    except HfQuantError:
+        raise
+    except (TypeError, ValueError) as error:
+        asked = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise SpecError(f"method {method!r} cannot be set up with {asked or 'its defaults'}: {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise SpecError(f"method {method!r} gives a {type(recipe).__name__} instead of a Recipe: its backend is wrong")
+    return recipe
 
 
-def _plugins_of(method: str) -> dict[str, dict[str, str]]:
-    """The plugin that a method comes from, as recorded in checkpoints: name -> distribution and version."""
-    plugin: Plugin | None = origin(method)
-    return {} if plugin is None else {plugin.name: {"distribution": plugin.distribution, "version": plugin.version}}
+def _is_variadic(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
 
 
-def _require_plugins(needed: dict[str, dict[str, str]]) -> None:
-    """Raise BackendError naming the pip line of the first plugin that is missing or broken; never install anything."""
-    found = {plugin.name: plugin for plugin in backends()} if needed else {}
+def _plain(value: Any, option: str) -> Any:
+    """A copy of an option in plain JSON types, infinities allowed. Raises SpecError if it cannot be one."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and not math.isnan(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, option) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, option) for key, item in value.items()}
+    raise SpecError(
+        f"option {option!r} holds {value!r} ({type(value).__name__}), which config.json cannot record: use numbers, "
+        'strings, lists and dicts, such as "bfloat16" for a dtype'
+    )
+
+
+def _names(modules: list[str] | None) -> list[str] | None:
+    """`modules_to_not_convert` as given. Raises SpecError for a bare string: its letters would be taken one by one."""
+    if modules is None:
+        return None
+    if isinstance(modules, str) or not all(isinstance(name, str) for name in modules):
+        raise SpecError(f"modules_to_not_convert is a list of names or None, got {modules!r}")
+    return list(modules)
+
+
+def _plugins_of(method: str, recipe: Recipe) -> dict[str, dict[str, str]]:
+    """The plugins that a recipe needs, as recorded in checkpoints: name -> distribution and version."""
+    used: list[tuple[Table, str]] = [(PRESETS, method), (RANGES, recipe.range.name), (ROUNDERS, recipe.rounder.name)]
+    used += [(COLUMNS, recipe.columns.name), (LAYOUTS, layout_of(recipe))]
+    used += [(GRIDS, name) for name in _grids(recipe) if name in GRIDS]
+    found = [plugin for table, name in used if (plugin := provider(table, name)) is not None]
+    return {plugin.name: {"distribution": plugin.distribution, "version": plugin.version} for plugin in found}
+
+
+def _grids(recipe: Recipe) -> Iterator[str]:
+    """Names of all grids of a recipe, those of quantized scales included."""
+    spec: TensorSpec | str = recipe.scheme.weight
+    while isinstance(spec, TensorSpec):
+        yield spec.grid
+        spec = spec.scale
+    if recipe.scheme.input is not None:
+        yield recipe.scheme.input.tensor.grid
+
+
+def _require_plugins(needed: Any) -> None:
+    """Raise BackendError naming the pip line of the first plugin that is missing or broken; never install anything.
+
+    `needed` comes from a file that anybody may have written: only what looks like a name is repeated in the message.
+    """
+    if not isinstance(needed, dict):
+        raise FormatError(f"config.json: 'plugins' of quantization_config is a mapping, got {needed!r}")
     for name, source in needed.items():
-        plugin = found.get(name)
-        if plugin is not None and plugin.error:
-            raise BackendError(f"the checkpoint needs backend {name!r}; {plugin.source} is broken:\n{plugin.error}")
-        if plugin is None:
-            distribution = source["distribution"]
-            safe = distribution if re.fullmatch(r"[A-Za-z0-9._-]+", distribution) else "<its distribution>"
-            raise BackendError(
-                f"the checkpoint was made with backend {name!r} of {safe} {source['version']}, which is not installed. "
-                f"If you trust it:\n    pip install {safe}"
-            )
+        source = source if isinstance(source, dict) else {}
+        distribution, version = (_shown(source.get(key)) for key in ("distribution", "version"))
+        require(name, distribution, version)
+
+
+def _shown(text: Any) -> str | None:
+    """A name or version from an untrusted file if it is one, else None."""
+    return text if isinstance(text, str) and _DISTRIBUTION.fullmatch(text) else None

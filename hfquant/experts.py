@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import UnsupportedError
 from .layouts import unpack
 from .nn import packed_aside
 from .qtensor import QTensor
@@ -111,11 +113,35 @@ class QExperts(nn.Module):
 
 def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
     """Turn an experts module into its packed form, in place: hooks, biases and settings stay as they are."""
-    original = type(module)
-    module.__class__ = type(f"Q{original.__name__}", (QExperts, original), {"original": original})
+    module.__class__ = _packed_class(type(module))
     assert isinstance(module, QExperts)
     module.specs, module.keys, module.dtype = {}, {}, dtype
     return module
+
+
+@cache
+def _packed_class(original: type[nn.Module]) -> type[nn.Module]:
+    """One packed class for each class of experts."""
+    return type(f"Q{original.__name__}", (QExperts, original), {"original": original})
+
+
+def refuse_packed_targets(model: nn.Module, configs: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError if an adapter in PEFT's `configs` is meant for weights that are packed experts.
+
+    PEFT adapts fused weights as parameters and only warns when it finds none of that name: the adapter would train
+    everything but the experts.
+    """
+    for adapter, config in configs.items():
+        for wanted in sorted(getattr(config, "target_parameters", None) or ()):
+            for name, module in model.named_modules():
+                for projection in module.specs if isinstance(module, QExperts) else ():
+                    full = f"{name}.{projection}"
+                    if full == wanted or full.endswith(f".{wanted}"):
+                        raise UnsupportedError(
+                            f"adapter {adapter!r} targets {full}, which is packed: PEFT adapts only experts that are "
+                            f"plain parameters. Leave them in full precision with modules_to_not_convert="
+                            f'["{name.rpartition(".")[2]}"], or adapt other modules'
+                        )
 
 
 def why_not_experts(module: nn.Module) -> str | None:

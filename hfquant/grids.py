@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .errors import SpecError
+from .errors import FormatError, SpecError
 from .tables import Table
 
 GRIDS: Table[Grid] = Table("grid")
@@ -81,17 +81,18 @@ def _levels(grid: Grid) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _thresholds(grid: Grid) -> Tensor:
-    """Values [L - 1] above which the next code is taken.
+    """Largest float32 numbers [L - 1] that still belong to the lower of two neighbouring codes.
 
-    `bucketize` gives a value equal to a threshold to the lower code; where the upper code is the even one, the
-    threshold moves down by one ulp so that the tie goes up.
+    `bucketize` gives a value equal to a threshold to the lower code. The middle of two levels is rounded down to
+    float32, since rounding it up would give the lower code a number nearer to the upper one. Where the middle is a
+    float32 number itself and the upper code is the even one, the threshold moves one ulp down: the tie goes up.
     """
     levels = grid.levels().double()
-    middle = ((levels[:-1] + levels[1:]) / 2).float()
-    upper = torch.arange(1, levels.numel())
-    upper_is_even = (upper - grid.zero_code) % 2 == 0
-    below = torch.nextafter(middle, torch.tensor(-torch.inf))
-    return torch.where(upper_is_even, below, middle)
+    middle = (levels[:-1] + levels[1:]) / 2
+    threshold = middle.float()
+    upper_is_even = (torch.arange(1, levels.numel()) - grid.zero_code) % 2 == 0
+    too_high = (threshold.double() > middle) | ((threshold.double() == middle) & upper_is_even)
+    return torch.where(too_high, torch.nextafter(threshold, torch.tensor(-torch.inf)), threshold)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,12 @@ class FloatGrid(Grid):
             raise SpecError(f"float grids have 3 to 8 bits with at least one exponent bit, got e{self.e}m{self.m}")
         if self.specials not in ("none", "fn", "ieee"):
             raise SpecError(f'specials is "none", "fn" or "ieee", got {self.specials!r}')
+        lowest, highest = 1 - self.exponent_bias - self.m, 2**self.e - 1 - self.exponent_bias
+        if lowest < -125 or highest > 126:
+            raise SpecError(
+                f"levels of {self.name} reach from 2^{lowest} to 2^{highest}, float32 holds 2^-125 to 2^126: "
+                "choose another bias and put the factor into the scale"
+            )
 
     @property
     def name(self) -> str:
@@ -180,9 +187,16 @@ class FloatGrid(Grid):
         return (step.abs() | ((step < 0).short() << (self.e + self.m))).to(torch.uint8)
 
     def from_bits(self, patterns: Tensor) -> Tensor:
-        """Codes [same shape] uint8 of sign-magnitude bit patterns; the inverse of `to_bits`, both zeros accepted."""
+        """Codes [same shape] uint8 of sign-magnitude bit patterns; the inverse of `to_bits`, both zeros accepted.
+
+        Raises FormatError for patterns that stand for NaN or infinity: no code does.
+        """
         sign = 1 << (self.e + self.m)
         magnitude = (patterns & (sign - 1)).short()
+        if self.specials != "none" and not patterns.is_meta and (bad := int((magnitude > self.zero_code).sum())):
+            raise FormatError(
+                f"{bad} of {patterns.numel()} values in {self.name} are NaN or infinite: weights are finite"
+            )
         return torch.where(patterns & sign != 0, self.zero_code - magnitude, self.zero_code + magnitude).to(torch.uint8)
 
 
@@ -213,7 +227,8 @@ _FLOAT = re.compile(r"e(\d)m(\d)(fn|ieee)?(?:b(-?\d+))?")
 
 
 @lru_cache(maxsize=256)
-def _by_pattern(name: str) -> Grid | None:
+def by_pattern(name: str) -> Grid | None:
+    """The integer or float grid that a name spells out, or None."""
     if match := _INT.fullmatch(name):
         return IntGrid(int(match[2]), is_signed=not match[1], narrow=bool(match[3]))
     if match := _FLOAT.fullmatch(name):
@@ -223,4 +238,4 @@ def _by_pattern(name: str) -> Grid | None:
 
 def grid(name: str) -> Grid:
     """The grid of a name: "int4", "uint4", "e2m1", or one registered, such as "nf4". Raises SpecError if unknown."""
-    return _by_pattern(name) or GRIDS.get(name)
+    return by_pattern(name) or GRIDS.get(name)

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
+from .backend import load_all
 from .checkpoint import audit, forget_native_weights, point_to_native_weights
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
@@ -95,7 +96,8 @@ class HfQuantHfQuantizer(HfQuantizer):
     coverage: Coverage | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work before anything is loaded."""
+        """Refuse what cannot work before anything is loaded; bring in every plugin, as any may have a kernel."""
+        load_all()
         check_recipe(self.quantization_config.recipe)
 
     def update_attn_implementation(self, config: Any) -> Any:

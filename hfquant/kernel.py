@@ -65,26 +65,37 @@ def use_kernel(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_kernel() -> str | None:
+    """The kernel that `use_kernel` asks for at this point, or None."""
+    return _forced.get()
+
+
 def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -> Tensor:
-    """Compute a quantized linear layer with the best kernel; `key` is the text form of its PackedSpec."""
-    kernel = choose(key, x.device, x.dtype, _forced.get())
-    return kernel.run(x, packed, bias, PackedSpec.parse(key))
+    """Compute a quantized linear layer with the best kernel; `key` is the text form of its PackedSpec.
+
+    Raises UnsupportedError if only the reference kernel can, under HFQUANT_STRICT=1 and outside of `use_kernel`.
+    """
+    forced, spec = _forced.get(), PackedSpec.parse(key)
+    kernel = choose(key, x.device, x.dtype, forced)
+    if kernel is REFERENCE and forced is None:
+        _report_fallback(spec, x.device, x.dtype)
+    return kernel.run(x, packed, bias, spec)
 
 
 @lru_cache(maxsize=4096)
 def choose(key: str, device: torch.device, dtype: torch.dtype, forced: str | None = None) -> Kernel:
-    """The kernel for a weight on a device. Raises UnsupportedError with all reasons when none can run it."""
-    spec = PackedSpec.parse(key)
-    reasons = declined(spec, device, dtype)
+    """The kernel for a weight on a device: `forced` by name, or the best one.
+
+    Raises UnsupportedError with the reason when the forced one cannot run it. Remembers its answers: whoever changes
+    the table of kernels calls `choose.cache_clear()`.
+    """
+    reasons = declined(PackedSpec.parse(key), device, dtype)
     if forced is not None:
         if reason := reasons.get(forced):
             raise UnsupportedError(f"kernel {forced!r} was asked for on {device.type}", [reason])
         return KERNELS.get(forced)
     able = [KERNELS.get(name) for name, reason in reasons.items() if reason is None]
-    best = max(able, key=lambda kernel: kernel.priority)
-    if best is REFERENCE:
-        _report_fallback(spec, device, reasons)
-    return best
+    return max(able, key=lambda kernel: kernel.priority)
 
 
 def declined(spec: PackedSpec, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -103,13 +114,13 @@ def declined(spec: PackedSpec, device: torch.device, dtype: torch.dtype) -> dict
     return reasons
 
 
-def _report_fallback(spec: PackedSpec, device: torch.device, reasons: dict[str, str | None]) -> None:
+def _report_fallback(spec: PackedSpec, device: torch.device, dtype: torch.dtype) -> None:
     """Say once per kind of weight that only the reference kernel is left; an error under HFQUANT_STRICT=1."""
     what = f"{spec.scheme.weight.grid} weights in layout {spec.layout!r} on {device.type}"
-    others = [reason for reason in reasons.values() if reason is not None]
+    others = tuple(reason for reason in declined(spec, device, dtype).values() if reason is not None)
     if os.environ.get("HFQUANT_STRICT") == "1":
         raise UnsupportedError(f"HFQUANT_STRICT=1 and no fast kernel runs {what}", others)
-    _log_once(what, tuple(others))
+    _log_once(what, others)
 
 
 @lru_cache(maxsize=1024)

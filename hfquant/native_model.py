@@ -29,7 +29,7 @@ class NativeModel(PreTrainedModel):
         floating = (p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
         return next(floating, packed[0].dtype)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config.json and `hfquant*.safetensors`; takes the keywords of `PreTrainedModel.save_pretrained`."""
         save_native(self, super().save_pretrained, save_directory, push_to_hub, **kwargs)
 
@@ -54,7 +54,7 @@ def to_native(model: PreTrainedModel) -> None:
 def from_native(model: PreTrainedModel) -> None:
     """Give a model its own class back, in place."""
     if isinstance(model, NativeModel):
-        model.__class__ = model.original  # type: ignore[assignment]
+        model.__class__ = model.original
 
 
 def _native_class(original: type[PreTrainedModel]) -> type[NativeModel]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .layouts import LAYOUTS, unpack
 from .qtensor import QTensor
-from .quantize import requantize
+from .requantize import requantize
 from .spec import PackedSpec
 from .weight_view import WeightView
 
@@ -135,8 +134,9 @@ class QEmbedding(PackedModule, nn.Embedding):
 
 def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give a replacement the hooks and mode of the module it replaces: a lost hook is a silently wrong model."""
-    hooks: dict[str, Any] = {name: value for name, value in vars(old).items() if name.endswith("hooks")}
-    hooks |= {name: value for name, value in vars(old).items() if name.endswith(("hooks_with_kwargs", "always_called"))}
-    vars(new).update(hooks)
+    for name in vars(nn.Module()):
+        # Flags too: without `_is_full_backward_hook`, backward hooks are kept and never called.
+        if "hook" in name:
+            vars(new)[name] = vars(old)[name]
     new.training = old.training
     return new

@@ -47,7 +47,7 @@ def _embedding(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.dtype)
     parsed = PackedSpec.parse(spec)
     tensors = dict(zip(parsed.names, packed, strict=True))
     rows = LAYOUTS.get(parsed.layout).rows(tensors, ids.flatten(), parsed.shape, parsed.scheme.weight)
-    return rows.to(dtype).unflatten(0, ids.shape) if ids.dim() != 1 else rows.to(dtype)
+    return rows.to(dtype).reshape(*ids.shape, parsed.shape[1])
 
 
 def _embedding_fake(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
@@ -76,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the input, through the frozen weight, and of the bias; packed tensors are never trained."""
     needs_input, _, needs_bias, _ = ctx.needs_input_grad
     grad_x = torch.ops.hfquant.input_grad(grad, list(ctx.saved_tensors), ctx.spec) if needs_input else None
-    grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if needs_bias else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
     return grad_x, [None] * ctx.count, grad_bias, None
 
 

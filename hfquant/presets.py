@@ -23,7 +23,7 @@ def step(name_or_dict: str | dict[str, Any]) -> Step:
 
 
 def group_blocks(block_size: int | None, group_size: int | None, default: int) -> Blocks:
-    """Blocks of one row and `block_size` columns; `group_size` is the same thing by its other name, -1 the whole row."""
+    """Blocks of one row and `block_size` columns, -1 for the whole row; `group_size` is another name for the same."""
     if block_size is not None and group_size is not None and block_size != group_size:
         raise SpecError(f"block_size={block_size} and group_size={group_size} mean the same and differ: give one")
     size = block_size if block_size is not None else group_size if group_size is not None else default
@@ -60,6 +60,10 @@ def kbit(
         raise SpecError("double_quant decides how scales are stored: leave scale_dtype out")
     plain = scale_dtype or ("float32" if blocks.cols == -1 else "bfloat16")
     weight = TensorSpec(grid, blocks, not symmetric, DOUBLE_QUANTIZATION if double_quant else plain)
+    if not isinstance(outliers, int | float) or not 0 <= outliers < 1:
+        raise SpecError(
+            f"outliers is the share of input columns kept in 16 bit, at least 0 and below 1, got {outliers!r}"
+        )
     columns = Step("proxy", {"fraction": outliers}) if outliers else Step("none")
     return Recipe(Scheme(weight), step(range), columns=columns, layout=layout)
 

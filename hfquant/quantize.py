@@ -19,7 +19,7 @@ from .qtensor import QTensor
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .rounders import ROUNDERS
-from .spec import PackedSpec
+from .spec import PackedSpec, TensorSpec
 from .stats import Stats
 from .tables import Table
 
@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
     spec = recipe.scheme.weight
     if not (spec.zero or isinstance(spec.numbers(), FittedGrid) or spec.numbers().signed):
         raise SpecError(f"weights need a signed grid or a zero point: {spec.grid!r} has neither")
+    _check_scale(spec)
     if recipe.scheme.input is not None:
         recipe.scheme.input.tensor.numbers()
     _check_step(RANGES, recipe.range)
@@ -39,6 +40,14 @@ def check_recipe(recipe: Recipe) -> Recipe:
     if reason := LAYOUTS.get(layout_of(recipe)).why_not(spec):
         raise SpecError(f"layout {layout_of(recipe)!r} cannot store {spec.grid}: {reason}")
     return recipe
+
+
+def _check_scale(spec: TensorSpec) -> None:
+    """Refuse quantized scales on a grid that is unknown or would have to be fitted to them."""
+    if isinstance(spec.scale, TensorSpec):
+        if isinstance(spec.scale.numbers(), FittedGrid):
+            raise SpecError(f"scales cannot be quantized on {spec.scale.grid!r}, which is fitted to data: use 'uint8'")
+        _check_scale(spec.scale)
 
 
 def _check_step(table: Table, step: Step) -> None:
@@ -55,37 +64,25 @@ def layout_of(recipe: Recipe) -> str:
     return recipe.layout or default_layout(recipe.scheme.weight)
 
 
-def quantize_linear(w: Tensor, recipe: Recipe, stats: Stats | None = None) -> QTensor:
+def choose_columns(w: Tensor, recipe: Recipe, stats: Stats) -> Tensor:
+    """Input columns [k] int64, sorted, that a recipe keeps in 16 bit of a weight [N, K]."""
+    return COLUMNS.get(recipe.columns.name)(w, recipe.scheme.weight, stats, **recipe.columns.options)
+
+
+def quantize_linear(w: Tensor, recipe: Recipe, stats: Stats | None = None, columns: Tensor | None = None) -> QTensor:
     """Quantize a weight [N, K] of a floating dtype by a recipe; a pure function.
 
+    `columns` [k] int64: the 16-bit columns, None to choose them by the recipe.
     Raises WeightError when the weight holds NaN or infinite values, naming the layer in `stats`.
     """
     stats = stats or Stats()
     check_finite(w, stats.name)
     spec = recipe.scheme.weight
-    index = COLUMNS.get(recipe.columns.name)(w, spec, stats, **recipe.columns.options)
-    body, outliers = take_outliers(w, index)
+    body, outliers = take_outliers(w, choose_columns(w, recipe, stats) if columns is None else columns)
     find: Callable = partial(RANGES.get(recipe.range.name), **recipe.range.options)
     rounder = ROUNDERS.get(recipe.rounder.name)
     q = rounder(body, find(body, spec, stats), find, stats, **recipe.rounder.options)
     return replace(q, outliers=outliers)
-
-
-def requantize(w: Tensor, like: QTensor) -> QTensor:
-    """Quantize new values [N, K] of a weight that is quantized already: same numbers, same outlier columns.
-
-    Ranges are taken by absmax and codes by rounding to nearest, whatever made the first codes.
-    """
-    index = None if like.outliers is None else like.outliers.index.long()
-    body, outliers = take_outliers(w, index if index is not None else w.new_empty(0, dtype=torch.int64))
-    if outliers is not None and like.outliers is not None:
-        outliers = replace(outliers, weight=outliers.weight.to(like.outliers.weight.dtype))
-    check_finite(body, "assigned weight")
-    find, nearest = RANGES.get("absmax"), ROUNDERS.get("nearest")
-    if like.order is not None:
-        body = body[:, like.order.long()]
-    q = nearest(body, find(body, like.spec, Stats()), find, Stats())
-    return replace(q, outliers=outliers, order=like.order)
 
 
 def check_finite(w: Tensor, name: str) -> None:

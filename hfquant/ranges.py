@@ -19,7 +19,7 @@ from .codebooks import FittedGrid
 from .errors import SpecError
 from .grids import Grid
 from .qtensor import QTensor
-from .scales import as_stored, decode, encode, scale_from_bounds, store_scales, zero_from_bounds
+from .scales import as_stored, decode, encode, one_for_zero, scale_from_bounds, store_scales, zero_from_bounds
 from .spec import TensorSpec
 from .stats import Stats
 from .tables import Table
@@ -56,7 +56,7 @@ def params_from_bounds(w: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -
     grid = spec.numbers()
     fitted = isinstance(grid, FittedGrid)
     scale = torch.maximum(high, -low) if fitted else scale_from_bounds(low, high, grid, spec.zero)
-    stored = store_scales(torch.where(scale > 0, scale, torch.ones_like(scale)), spec.scale)
+    stored = store_scales(one_for_zero(scale), spec.scale)
     values = stored.dequantize().reshape(scale.shape) if isinstance(stored, QTensor) else stored.float()
     if isinstance(grid, FittedGrid):
         shape = (w.shape[0], w.shape[1])
@@ -100,8 +100,9 @@ def _quantile(ordered: Tensor, share: float) -> Tensor:
 def mse(w: Tensor, spec: TensorSpec, stats: Stats, norm: float = 2.0, steps: int = 80, shrink: float = 0.8) -> Params:
     """Shrink each block's range by the factor that gives the smallest sum of |error|^norm.
 
-    Candidates are `steps` factors from 1 down to 1 - `shrink`, measured with scales as stored. Source: GPTQ's
-    `find_params` (with norm 2.4); the unclipped range is always among the candidates, so absmax is never better.
+    Candidates are `steps` factors from 1 down to 1 - `shrink`, measured with scales as stored (in float32 where scales
+    are quantized themselves). Source: GPTQ's `find_params` (with norm 2.4); the unclipped range is always among the
+    candidates, so absmax is never better.
     """
     if steps < 2 or not 0 < shrink < 1:
         raise SpecError(f"mse needs steps >= 2 and 0 < shrink < 1, got steps={steps}, shrink={shrink}")
@@ -159,16 +160,19 @@ def _kl_of_block(x: Tensor) -> Tensor:
     top = x.abs().max()
     if top == 0:
         return top
-    counts = torch.histc(x.abs(), bins=_HISTOGRAM_BINS, min=0.0, max=float(top))
-    return top * kl_threshold(counts.double().cpu().numpy()) / _HISTOGRAM_BINS
+    # In parts, because float32 counts stop growing at 2^24.
+    parts = (torch.histc(part, bins=_HISTOGRAM_BINS, min=0.0, max=float(top)) for part in x.abs().split(1 << 22))
+    counts = torch.stack([part.double() for part in parts]).sum(0)
+    return top * kl_threshold(counts.cpu().numpy()) / _HISTOGRAM_BINS
 
 
 def kl_threshold(counts: np.ndarray, levels: int = _KL_LEVELS) -> float:
     """Bin edge at which to clip a histogram `counts` [bins] of magnitudes, in bins.
 
     For each candidate i, P is the first i bins with the clipped tail added to the last one, Q the same bins merged
-    into `levels` and spread again over the non-empty ones; the candidate with the smallest KL(P || Q) wins. The tail
-    enters P but not Q, and bin 0 is dropped because zeros would dominate it. Source: TensorRT's entropy calibrator.
+    into `levels` and spread again over the bins where P is not 0; the candidate with the smallest KL(P || Q) wins. The
+    tail's mass enters P but not Q, and bin 0 is dropped because zeros would dominate it. Source: TensorRT's entropy
+    calibrator.
     """
     counts = counts.copy()
     counts[0] = 0
@@ -185,7 +189,7 @@ def _merge_divergence(counts: np.ndarray, kept: int, levels: int) -> float:
     if inside.sum() == 0:
         return np.inf
     level = np.arange(kept) * levels // kept
-    filled = inside > 0
+    filled = reference > 0
     mass = np.bincount(level, inside, levels)
     share = mass / np.maximum(np.bincount(level, filled, levels), 1)
     merged = np.where(filled, share[level], 0.0)

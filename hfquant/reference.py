@@ -52,10 +52,16 @@ def outlier_columns(x: Tensor, split: float | None, outliers: Outliers | None) -
 
 
 def round_trip(x: Tensor, spec: TensorSpec) -> Tensor:
-    """Quantize `x` [T, K] float32 with ranges of its own and dequantize again."""
+    """Quantize `x` [T, K] float32 with ranges of its own and dequantize again.
+
+    A block that holds NaN or an infinity has no range and becomes NaN, so that an overflow stays visible.
+    """
     if x.numel() == 0:
         return x
-    return nearest(x, absmax(x, spec, _INPUT), absmax, _INPUT).dequantize()
+    seen = nearest(x, absmax(x, spec, _INPUT), absmax, _INPUT).dequantize()
+    (peak,) = spec.blocks.reduce(x, lambda block: (block.abs().amax(1),))
+    zero_or_nan = peak - peak
+    return seen + spec.blocks.expand(zero_or_nan, (x.shape[0], x.shape[1]))
 
 
 def input_grad(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:

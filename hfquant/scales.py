@@ -19,7 +19,12 @@ def scale_from_bounds(low: Tensor, high: Tensor, grid: Grid, zero: bool) -> Tens
         scale = (high.clamp_min(0) - low.clamp_max(0)) / (grid.size - 1)
     else:
         scale = torch.maximum(high, -low).clamp_min(0) / grid.top
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return one_for_zero(scale)
+
+
+def one_for_zero(scale: Tensor) -> Tensor:
+    """Scales with 0, that of an all-zero block, replaced by 1; NaN stays, so that a bad input is seen in the output."""
+    return scale.masked_fill(scale == 0, 1)
 
 
 def zero_from_bounds(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -28,9 +33,18 @@ def zero_from_bounds(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [any shape] rounded to `dtype`, kept positive and finite: never 0 by underflow, never infinite."""
+    """Scales [any shape] float32 rounded to `dtype`, kept positive and finite: never 0 by underflow, never infinite.
+
+    Where `dtype` gets coarse they are rounded up, as a smaller scale would clip. The subnormal numbers of float16 are
+    used, because weights of 1e-4 and less need them; those of the wide dtypes are not: devices flush them to 0.
+    """
     limits = torch.finfo(dtype)
-    return scale.clamp(limits.smallest_normal, limits.max).to(dtype)
+    if dtype == torch.float16:
+        step = limits.smallest_normal * limits.eps
+        scale = torch.where(scale < limits.smallest_normal, (scale / step).ceil().clamp_min(1) * step, scale)
+    else:
+        scale = scale.clamp_min(limits.smallest_normal)
+    return scale.clamp_max(limits.max).to(dtype)
 
 
 def store_scales(scale: Tensor, how: str | TensorSpec) -> Tensor | QTensor:

@@ -34,6 +34,8 @@ class TensorSpec:
             raise SpecError(f"scales are stored as {', '.join(SCALE_DTYPES)} or quantized, got {self.scale!r}")
         if self.zero and not self.grid.startswith("uint"):
             raise SpecError(f"a zero point needs an unsigned integer grid such as uint4, got {self.grid!r}")
+        if isinstance(self.scale, TensorSpec) and self.scale.zero:
+            raise SpecError("scales are positive and quantized without a zero point: give their spec zero=False")
 
     def numbers(self) -> Grid:
         """The grid itself. Raises SpecError if its name is not known."""

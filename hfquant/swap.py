@@ -80,7 +80,7 @@ def _swap_experts(name: str, module: nn.Module, recipe: Recipe, outliers: dict[s
 
 def mark_initialized(module: nn.Module) -> None:
     """Keep transformers from initialising a packed module, which would dequantize every weight."""
-    module._is_hf_initialized = True
+    module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def quantize_into(
@@ -149,6 +149,6 @@ def _restore_experts(module: QExperts, dtype: torch.dtype) -> None:
     weights = {projection: module.dequantize(projection, dtype) for projection in module.specs}
     for name in module.packed_names():
         del module._parameters[name]
-    module.__class__ = module.original  # type: ignore[assignment]
+    module.__class__ = module.original
     for projection, weight in weights.items():
         module.register_parameter(projection, nn.Parameter(weight))

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import sysconfig
-import venv
+import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 GROUP = "hfquant.backends"
@@ -58,49 +50,14 @@ def expected_in_wheel() -> dict[str, Path]:
     return names
 
 
-def build_wheel(source: Path, scratch: Path) -> Path:
-    """Build from a copy: setuptools leaves build/ behind, and a later wheel would contain its stale files."""
-    copy = scratch / "source"
-    copy.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.name in {"hfquant", "plugins", "kernels"} or path.name.startswith("hfquant_"):
-            shutil.copytree(path, copy / path.name, ignore=NOT_SOURCE)
-        elif path.is_file():
-            shutil.copy(path, copy)
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(scratch)]
-    run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], cwd=scratch)
-    (wheel,) = scratch.glob("*.whl")
-    return wheel
-
-
-def run(command: list[str], **options: Any) -> str:
-    """Run a command; its standard output, or a failure that shows everything it said."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
-    return done.stdout
-
-
 def files_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 @pytest.fixture(scope="session")
-def root_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root_wheel(build_wheel: Callable[[Path, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(ROOT, tmp_path_factory.mktemp("root_wheel"))
-
-
-@pytest.fixture(scope="session")
-def dependencies_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for sys.path: every installed distribution except hfquant's own, and the tree's hfquant."""
-    folder = tmp_path_factory.mktemp("dependencies")
-    for site in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
-        for path in Path(site).iterdir():
-            if "hfquant" not in path.name and path.suffix != ".pth":
-                (folder / path.name).symlink_to(path)
-    (folder / "hfquant").symlink_to(ROOT / "hfquant")
-    return folder
 
 
 def test_wheel_is_the_tree(root_wheel: Path) -> None:
@@ -152,25 +109,14 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_plugin_installs_alone(name: str, dependencies_only: Path, tmp_path: Path) -> None:
+def test_plugin_installs_alone(name: str, build_wheel: Callable, fresh_environment: Callable, tmp_path: Path) -> None:
     folder, package = ROOT / "plugins" / name, f"hfquant_{name}"
     wheel = build_wheel(folder, tmp_path / "wheel")
     assert files_in(wheel) == set(tree(folder / package, package))
-
-    environment = tmp_path / "venv"
-    venv.create(environment, with_pip=False)
-    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(run([str(python), "-c", query], cwd=tmp_path).strip())
-    (site / "dependencies.pth").write_text(f"{dependencies_only}\n")
-    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    run([sys.executable, "-m", "pip", "--python", str(python), *install], cwd=tmp_path)
-
+    python = fresh_environment(tmp_path / "venv", wheel)
     program = (
         "import json; from importlib.metadata import entry_points\n"
         f"points = entry_points(group={GROUP!r})\n"
         "print(json.dumps({point.name: [point.dist.name, point.load().name] for point in points}))"
     )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HFQUANT"))}
-    found = json.loads(run([str(python), "-c", program], cwd=tmp_path, env=clean).splitlines()[-1])
-    assert found == {name: [project(folder)["name"], name]}
+    assert json.loads(python(program).splitlines()[-1]) == {name: [project(folder)["name"], name]}

@@ -1,0 +1,67 @@
+"""`hfquant inspect`: what is inside a quantized model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..inspection import Inspection, LayerInfo, inspect_checkpoint
+from .output import coverage_table, print_json, stdout, table
+
+
+def inspect_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub repository of a quantized model.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The original model: adds each layer's error, worst first.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show each layer's grid, blocks, layout and size, and its error against the original."""
+    found = inspect_checkpoint(path, reference)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show(found, with_errors=reference is not None)
+
+
+# What all layers have in common is said once, so that the table fits a terminal.
+SHAREABLE = ("grid", "input", "block", "scale", "layout", "bits", "kept")
+NOTHING = "-"
+
+
+def _show(found: Inspection, with_errors: bool) -> None:
+    layers = [_cells(layer) for layer in found.layers]
+    first = layers[0]
+    shared = [name for name in SHAREABLE if len(layers) > 1 and all(cells[name] == first[name] for cells in layers)]
+    out = stdout()
+    common = "".join(f", {name} {first[name]}" for name in shared if first[name] != NOTHING)
+    out.print(f"[bold]{escape(found.method)}[/]: {len(layers)} layers{escape(common)}\n")
+    shown = [name for name in first if name not in shared and (with_errors or name != "error")]
+    made = table(*shown, right=("error", "bits", "MB", "kept"))
+    for cells in layers:
+        made.add_row(*(cells[name] for name in shown))
+    out.print(made)
+    out.print("\nbits: per weight, scales included   kept: input columns in 16 bit", style="dim")
+    if with_errors:
+        out.print("error: |W - W'| / |W|, worst layer first", style="dim")
+    out.print()
+    out.print(coverage_table(found.coverage))
+
+
+def _cells(layer: LayerInfo) -> dict[str, str]:
+    """What is shown of a layer, by heading."""
+    return {
+        "error": "" if layer.error is None else f"{layer.error:.3%}",
+        "layer": layer.name.removeprefix("model."),
+        "shape": "×".join(map(str, layer.shape if layer.count == 1 else (layer.count, *layer.shape))),
+        "grid": layer.grid,
+        "input": layer.input or NOTHING,
+        "block": layer.blocks,
+        "scale": layer.scale,
+        "layout": layer.layout,
+        "bits": f"{layer.bits_per_weight:.3f}",
+        "MB": f"{layer.mb:.3f}",
+        "kept": str(layer.outlier_columns or NOTHING),
+    }

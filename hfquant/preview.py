@@ -1,0 +1,57 @@
+"""What a quantization would give, from a model's configuration alone: no weight is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import HfQuantConfig
+from .coverage import Target, survey
+from .experts import expert_projections
+from .recipe import Recipe
+from .report import Report, sizes, versions
+from .source import empty_model, original_config, stored_dtype
+from .swap import swap_in
+
+
+def preview(src: str | Path, config: HfQuantConfig, dtype: str = "auto", revision: str | None = None) -> Report:
+    """The report of quantizing `src`, before doing it: same sizes and coverage, no time and no memory.
+
+    Outlier columns are counted by their share, so a method that finds them in the weights shows none. Raises SpecError.
+    """
+    model_config = original_config(src, revision)
+    chosen = stored_dtype(src, model_config, revision) if dtype == "auto" else getattr(torch, dtype)
+    model = empty_model(model_config, chosen)
+    targets, coverage = survey(model, config.modules_to_not_convert, config.embeddings)
+    swap_in(model, targets, config.recipe, _outlier_counts(model, targets, config.recipe), wait=False)
+    return Report(
+        config.method,
+        config.options,
+        str(src),
+        str(chosen).removeprefix("torch."),
+        **sizes(model, coverage),
+        versions=versions(config.plugins),
+    )
+
+
+def _outlier_counts(model: nn.Module, targets: list[Target], recipe: Recipe) -> dict[str, int]:
+    """Number of 16-bit columns of each target, for steps that keep a `fraction` of the input columns."""
+    fraction = recipe.columns.options.get("fraction")
+    if fraction is None:
+        return {}
+    counts = {}
+    for target in targets:
+        module = model.get_submodule(target.name)
+        for projection in expert_projections(module):
+            shape = module._parameters[projection].shape  # type: ignore[union-attr]
+            inputs = shape[1] if getattr(module, "is_transposed", False) else shape[2]
+            counts[f"{target.name}.{projection}"] = math.ceil(fraction * inputs)
+        if target.kind != "experts":
+            weight = module._parameters["weight"]
+            assert weight is not None
+            inputs = weight.shape[0] if target.kind == "conv1d" else weight.shape[1]
+            counts[target.name] = math.ceil(fraction * inputs)
+    return counts

@@ -1,0 +1,60 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import SpecError
+
+
+def check_output(out: Path, overwrite: bool, keep: str | Path | None = None) -> None:
+    """Raise SpecError unless a model may be written to the folder `out`.
+
+    `overwrite` replaces a model that is there, never anything else. `keep`: a folder that is still needed, the source.
+    """
+    if out.exists() and not out.is_dir():
+        raise SpecError(f"the output {out} is a file: name a folder")
+    if keep is not None and Path(keep).is_dir():
+        source, target = Path(keep).resolve(), out.resolve()
+        if target == source or target in source.parents:
+            raise SpecError(f"the output {out} would replace its own source {keep}: name another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise SpecError(
+            f"the output folder {out} is not empty: name another one, or overwrite it (overwrite=True, --overwrite)"
+        )
+    if not (out / "config.json").exists():
+        raise SpecError(
+            f"{out} holds files but no model (no config.json), it is not overwritten: name another folder"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place, whatever is there, when the block ends without an error.
+
+    On an error or an interrupt it is removed and `out` stays as it was.
+    """
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    new, old = out.with_name(f".{out.name}.new-{mark}"), out.with_name(f".{out.name}.old-{mark}")
+    new.mkdir()
+    try:
+        yield new
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""The commands as a user meets them: what they print, what they write, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hfquant as library
+from hfquant import HfQuantConfig, doctor
+from hfquant.backend import Plugin
+from hfquant.eval import Reference, token_batches
+from hfquant.inspection import inspect_checkpoint
+from hfquant.preview import preview
+from hfquant.recipe import PRESETS
+from hfquant.testing.tiny import tiny_inputs
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "int4"
+    library.quantize(source, HfQuantConfig("int4"), out)
+    return out
+
+
+def widest(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+# ---- quantize
+
+
+def test_quantize_writes_the_model_that_the_library_makes(hfquant, source, tmp_path):
+    out = tmp_path / "out"
+    shown = hfquant("quantize", source, "--method", "int", "--bits", 4, "--no-symmetric", "--output", out).output
+    assert str(out) in shown.replace("\n", "")
+    config = HfQuantConfig("int4", symmetric=False)
+    memory = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs(again)).logits, memory(**tiny_inputs(again)).logits)
+    assert AutoTokenizer.from_pretrained(out).vocab_size == 256
+
+
+def test_every_option_reaches_the_config(hfquant, source):
+    def recipe(*arguments):
+        return json.loads(hfquant("quantize", source, "--dry-run", "--json", *arguments).stdout)
+
+    given = recipe("--method", "int4", "--block-size", 32, "--range", '{"name": "mse", "norm": 2.4}', "--embeddings")
+    assert given["options"] == {"block_size": 32, "range": {"name": "mse", "norm": 2.4}}
+    assert "model.embed_tokens" not in [skip["name"] for skip in given["coverage"]["skipped"]]
+    given = recipe("--method", "nf4", "--group-size", 32, "--double-quant", "--range", "mse", "--skip", "lm_head")
+    assert given["options"] == {"group_size": 32, "double_quant": True, "range": "mse"}
+    everything = recipe("--method", "int8", "--skip", "none", "--option", "outliers=0.05")
+    assert everything["options"] == {"outliers": 0.05}
+    assert "lm_head" not in [skip["name"] for skip in everything["coverage"]["skipped"]]
+
+
+def test_dry_run_shows_the_preview_and_writes_nothing(hfquant, source, tmp_path):
+    out = tmp_path / "out"
+    shown = hfquant("quantize", source, "--method", "nf4", "--output", out, "--dry-run").output
+    promised = preview(source, HfQuantConfig("nf4"))
+    assert f"{promised.bits_per_weight:.3f} bits" in shown and f"{promised.mb_after:.2f} MB" in shown
+    assert f"{promised.coverage.share:.1%}" in shown and "Dry run" in shown
+    assert not out.exists() and widest(shown) <= 100
+
+
+def test_overwrite_is_asked_for(hfquant, source, tmp_path):
+    out = tmp_path / "out"
+    hfquant("quantize", source, "--output", out)
+    assert "--overwrite" in hfquant("quantize", source, "--output", out, status=2).output
+    hfquant("quantize", source, "--method", "int8", "--output", out, "--overwrite")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["method"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "int44"], ["unknown method 'int44'", "int4"]),
+        (["--method", "int4", "--bits", "3"], ["contradicts", "--method int3"]),
+        (["--method", "nf4", "--bits", "8"], ["contradicts", "leave --bits out"]),
+        (["--option", "colour=blue"], ["no option 'colour'", "block_size"]),
+        (["--option", "outliers"], ["key=value"]),
+        (["--range", "mse", "--option", "range=kl"], ["twice"]),
+        (["--method", "nf4", "--no-symmetric"], ["zero point"]),
+        ([], ["--output", "--dry-run"]),
+    ],
+)
+def test_bad_input_is_one_clean_message_and_status_2(hfquant, source, arguments, words):
+    dry = ["--dry-run"] if arguments else []
+    result = hfquant("quantize", source, *arguments, *dry, status=2)
+    assert result.stdout == "" and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words)
+
+
+def test_bits_that_agree_are_accepted(hfquant, source):
+    for arguments in (["int4", "--bits", 4], ["nf4", "--bits", 4], ["quantile", "--bits", 3]):
+        hfquant("quantize", source, "--method", *arguments, "--dry-run")
+
+
+def test_verbose_shows_the_traceback_wherever_it_stands(hfquant, tmp_path):
+    for arguments in (["inspect", tmp_path, "--verbose"], ["--verbose", "inspect", tmp_path]):
+        assert "Traceback" in hfquant(*arguments, status=2).stderr
+
+
+def test_errors_that_are_not_about_the_input_have_status_1(hfquant, quantized, tmp_path):
+    (tmp_path / "config.json").write_text((quantized / "config.json").read_text())
+    assert "incomplete" in hfquant("inspect", tmp_path, status=1).stderr
+
+
+# ---- eval
+
+
+def test_eval_measures_what_the_library_measures(hfquant, source, quantized, text):
+    shown = hfquant(
+        "eval", quantized, "--reference", source, "--data", text, "--sequences", 4, "--length", 32, "--json"
+    )
+    batches = token_batches(AutoTokenizer.from_pretrained(source), text, 4, 32)
+    reference = Reference(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), batches)
+    expected = reference.compare(AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32))
+    printed = json.loads(shown.stdout)
+    assert {key: printed[key] for key in asdict(expected)} == json.loads(json.dumps(asdict(expected)))
+    assert shown.stderr == ""
+
+
+def test_eval_of_a_model_against_itself_finds_no_difference(hfquant, source, text):
+    shown = hfquant("eval", source, "--reference", source, "--data", text, "--sequences", 2, "--length", 32).output
+    assert re.search(r"KL\S* \S* \S*\s+0\.00000", shown) and "100.00%" in shown and widest(shown) <= 100
+
+
+def test_eval_without_enough_text_says_how_much_there_is(hfquant, source, quantized, text, tmp_path):
+    arguments = ("eval", quantized, "--reference", source, "--length", 32)
+    assert "sequences" in hfquant(*arguments, "--data", text, "--sequences", 10**6, status=2).stderr
+    assert "is not a file" in hfquant(*arguments, "--data", tmp_path / "absent.txt", status=2).stderr
+
+
+# ---- inspect
+
+
+def test_inspect_prints_every_layer(hfquant, source, quantized):
+    shown = hfquant("inspect", quantized).output
+    found = inspect_checkpoint(quantized)
+    for layer in found.layers:
+        assert layer.name.removeprefix("model.") in shown
+    assert "block 64" in shown and f"{found.coverage.share:.1%}" in shown and widest(shown) <= 100
+    assert json.loads(hfquant("inspect", quantized, "--json").stdout) == json.loads(json.dumps(found.to_dict()))
+
+
+def test_inspect_with_reference_orders_by_error(hfquant, source, quantized):
+    shown = hfquant("inspect", quantized, "--reference", source).output
+    errors = [float(number) for number in re.findall(r"^ *([\d.]+)% +layers", shown, re.MULTILINE)]
+    assert len(errors) == 14 and errors == sorted(errors, reverse=True) and errors[0] > 0
+
+
+# ---- backends, doctor
+
+
+def test_backends_lists_every_method_with_its_options(hfquant):
+    listed = json.loads(hfquant("backends", "--json").stdout)
+    assert {entry["name"] for entry in listed["methods"]} == set(PRESETS.names())
+    assert {"name": "nf4", "backend": "core"}.items() <= next(
+        e for e in listed["methods"] if e["name"] == "nf4"
+    ).items()
+    shown = hfquant("backends").output
+    assert "double_quant" in shown and "nf4" in shown.split() and widest(shown) <= 100
+
+
+def test_backends_shows_why_one_is_broken(hfquant, monkeypatch):
+    bad = Plugin("bad", "other-package", "0.1", "bad:backend", error="Traceback ...\nImportError: no [wheels]")
+    monkeypatch.setattr("hfquant.cli.backends.backends", lambda: [bad])
+    shown = hfquant("backends").output
+    assert "broken" in shown and "other-package 0.1" in shown and "ImportError: no [wheels]" in shown
+
+
+@pytest.mark.parametrize("error", [None, "Traceback ...\nImportError: no [wheels]"])
+def test_doctor_fails_exactly_if_something_is_broken(hfquant, monkeypatch, error):
+    healthy = [check for check in doctor.examine() if check.state != doctor.BROKEN]
+    plugin = doctor.Check("plugins", "one", doctor.BROKEN if error else doctor.OK, error or "fine")
+    monkeypatch.setattr("hfquant.cli.doctor.examine", lambda: [*healthy, plugin])
+    status = 1 if error else 0
+    shown = hfquant("doctor", status=status).output
+    assert (error or "fine").splitlines()[-1] in shown
+    assert ("Something is broken" in shown) == bool(error)
+    assert json.loads(hfquant("doctor", "--json", status=status).stdout)["broken"] == bool(error)
+
+
+# ---- the real thing
+
+
+def test_the_process_prints_results_and_errors_where_they_belong(source, tmp_path):
+    program = "import sys; from hfquant.cli import main; sys.exit(main())"
+
+    def run(*arguments):
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=False)
+
+    done = run("quantize", source, "--output", tmp_path / "out", "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # no bars where nobody looks
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+    failed = run("quantize", tmp_path / "absent", "--output", tmp_path / "other")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr == f"error: there is no folder {tmp_path / 'absent'}\n"
+    usage = run("quantize", "--colour")
+    assert usage.returncode == 2 and "--colour" in usage.stderr

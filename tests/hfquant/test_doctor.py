@@ -1,0 +1,80 @@
+"""Every check can find what it looks for."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from hfquant import doctor
+from hfquant.backend import Plugin
+from hfquant.doctor import BROKEN, NOTE, OK, check_folder, check_requirement, examine, is_broken
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "words"),
+    [
+        ("torch>=2", OK, version("torch")),
+        ("torch>=999", BROKEN, "pip install 'torch>=999'"),
+        ("torch<1", BROKEN, "outside <1"),
+        ("a-library-that-nobody-has>=1", BROKEN, "not installed"),
+    ],
+)
+def test_versions_are_held_against_their_range(line, state, words):
+    check = check_requirement(Requirement(line))
+    assert check.state == state and words in check.detail
+
+
+def test_requirements_are_those_of_the_project(monkeypatch):
+    lines = ["torch>=999", 'datasets>=4; extra == "datasets"', 'ruff; extra == "dev"', 'nothing; python_version < "3"']
+    monkeypatch.setattr(doctor, "requires", lambda name: lines)
+    monkeypatch.setattr(doctor, "version", lambda name: "1.0")
+    found = {check.name: check.state for check in examine()}
+    assert found["torch"] == BROKEN
+    assert found["datasets"] == NOTE  # an optional library in the wrong version breaks nothing
+    assert not {"ruff", "nothing"} & found.keys()
+
+
+def test_a_tree_that_is_not_installed_is_broken_and_says_what_to_do(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", missing)
+    monkeypatch.setattr(doctor, "requires", missing)
+    checks = examine()
+    assert is_broken(checks)
+    assert any("pip install -e ." in check.detail for check in checks)
+
+
+def test_a_broken_plugin_shows_its_traceback(monkeypatch):
+    good = Plugin("good", "some-package", "1.2", "good:backend")
+    bad = Plugin("bad", "other-package", "0.1", "bad:backend", error="Traceback ...\nImportError: no wheels")
+    monkeypatch.setattr(doctor, "backends", lambda: [good, bad])
+    checks = {check.name: check for check in examine()}
+    assert checks["good"].state == OK and "some-package 1.2" in checks["good"].detail
+    assert checks["bad"].state == BROKEN and "ImportError: no wheels" in checks["bad"].detail
+    assert is_broken(checks.values())
+
+
+def test_a_limit_on_backends_is_shown(monkeypatch):
+    monkeypatch.setenv("HFQUANT_BACKENDS", "fp8")
+    assert any(check.name == "HFQUANT_BACKENDS" and "fp8" in check.detail for check in examine())
+
+
+def test_every_device_of_torch_has_a_line_about_kernels():
+    checks = examine()
+    devices = {check.name for check in checks if check.topic == "devices" and check.name != "accelerator"}
+    assert "cpu" in devices and ("cuda" in devices) == torch.cuda.is_available()
+    assert {check.name for check in checks if check.topic == "kernels"} == devices
+
+
+def test_disk_space_is_looked_up_where_a_folder_will_be(tmp_path, monkeypatch):
+    deep = tmp_path / "a" / "b"
+    free = check_folder("cache", deep)
+    assert str(deep) in free.detail and "GB free" in free.detail and not deep.exists()
+    monkeypatch.setattr(doctor, "LOW_DISK", float("inf"))
+    assert check_folder("cache", deep).state == NOTE
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
+    assert "not writable" in check_folder("cache", deep).detail

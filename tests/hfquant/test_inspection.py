@@ -1,0 +1,112 @@
+"""The layer view: it must tell what the files hold, and errors that a plain computation confirms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hfquant
+from hfquant import FormatError, HfQuantConfig, SpecError
+from hfquant.inspection import inspect_checkpoint, inspect_model, weight_errors
+from hfquant.testing.tiny import tiny_model
+
+
+def make(folder: Path, kind: str, config: HfQuantConfig) -> tuple[Path, Path]:
+    tiny_model(kind, dtype=torch.bfloat16).save_pretrained(folder / "source")
+    hfquant.quantize(folder / "source", config, folder / "out")
+    return folder / "source", folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", HfQuantConfig("int4", symmetric=False)),
+        ("gpt2", HfQuantConfig("nf4", double_quant=True, embeddings=True)),
+        ("mixtral", HfQuantConfig("int3", group_size=32)),
+        ("llama", HfQuantConfig("e2m1", outliers=0.05)),
+        ("llama", HfQuantConfig("quantile4")),
+    ],
+    ids=["asymmetric", "conv1d", "experts", "outliers", "fitted"],
+)
+def test_headers_alone_give_what_the_loaded_model_gives(tmp_path, kind, config):
+    _, out = make(tmp_path, kind, config)
+    from_headers = inspect_checkpoint(out)
+    assert from_headers == inspect_model(AutoModelForCausalLM.from_pretrained(out))
+    sizes = {}
+    for file in out.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            sizes |= {name: opened.get_tensor(name).nbytes for name in opened.keys()}  # noqa: SIM118
+    for layer in from_headers.layers:
+        separator = "_" if layer.kind == "experts" else "."
+        stored = {name: size for name, size in sizes.items() if name.startswith(layer.name + separator)}
+        stored.pop(f"{layer.name}.bias", None)
+        assert layer.mb * 1e6 == pytest.approx(sum(stored.values()), abs=0.1), layer.name
+        weights = layer.count * layer.shape[0] * layer.shape[1]
+        assert layer.bits_per_weight == pytest.approx(8 * sum(stored.values()) / weights)
+
+
+def test_errors_are_relative_and_the_worst_comes_first(tmp_path):
+    source, out = make(tmp_path, "llama", HfQuantConfig("int4"))
+    found = inspect_checkpoint(out, source)
+    model, original = (AutoModelForCausalLM.from_pretrained(path).dequantize() if path == out else
+                       AutoModelForCausalLM.from_pretrained(path) for path in (out, source))  # fmt: skip
+    errors = [layer.error for layer in found.layers]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) > 1
+    for layer in found.layers:
+        w = original.get_submodule(layer.name).weight.detach().double()
+        v = model.get_submodule(layer.name).weight.detach().double()
+        # `dequantize` rounds to bfloat16, half an ulp at most: 2^-9 of each weight.
+        assert layer.error == pytest.approx(((w - v).square().sum() / w.square().sum()).sqrt().item(), abs=2**-9)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_more_bits_are_closer_in_every_layer(tmp_path, kind):
+    """Also a check of orientation: against a transposed matrix both errors would be above one."""
+    original = tiny_model(kind)
+    original.save_pretrained(tmp_path)
+
+    def errors(method):
+        return weight_errors(
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig(method)), original
+        )
+
+    few, many = errors("int4"), errors("int8")
+    assert few.keys() == many.keys() and few
+    assert all(0 < many[name] < few[name] / 4 < 0.1 for name in few)
+
+
+def test_another_model_is_no_reference(tmp_path):
+    _, out = make(tmp_path, "llama", HfQuantConfig("int4"))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(SpecError, match="made from"):
+        weight_errors(model, tiny_model("gpt2"))
+
+
+def test_what_is_not_a_native_checkpoint_is_named(tmp_path):
+    source, _ = make(tmp_path, "llama", HfQuantConfig("int4"))
+    with pytest.raises(SpecError, match="not quantized"):
+        inspect_checkpoint(source)
+    with pytest.raises(SpecError, match="not loaded with hfquant"):
+        inspect_model(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "dtype"])
+def test_files_that_contradict_the_config_are_found(tmp_path, damage):
+    _, out = make(tmp_path, "llama", HfQuantConfig("int4"))
+    file = out / "hfquant.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.codes"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "shape":
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    else:
+        tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj\.codes"):
+        inspect_checkpoint(out)
