@@ -45,8 +45,8 @@ test-gpu: venv  ## the test suite, on a machine that must have a CUDA device
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: venv  ## the measurements (tests marked bench)
-	$(BIN)/pytest -m bench $(PYTEST_ARGS)
+bench: venv  ## the measurements; rewrites benchmarks/results
+	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
 
 # setuptools reuses build/lib, so a deleted module would come back in the wheel.
 wheel: venv  ## build dist/hfquant-*.whl
