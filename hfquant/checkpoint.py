@@ -92,9 +92,10 @@ def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
     From a native checkpoint of the same architecture everything must have come; otherwise every packed weight must,
     while a new head may start fresh as usual.
     """
-    missing = [name for name, module in packed_modules(model) if _incomplete(module)]
+    offloaded = _offloaded(model)
+    missing = [name for name, module in packed_modules(model) if _incomplete(name, module, offloaded)]
     if pre_quantized and type(model).__name__ in (model.config.architectures or []):
-        missing += [name for name, parameter in model.named_parameters() if not _arrived(parameter)]
+        missing += [name for name, value in model.named_parameters() if not _arrived(name, value, offloaded)]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise FormatError(
@@ -103,13 +104,22 @@ def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
         )
 
 
-def _incomplete(module: nn.Module) -> bool:
+def _incomplete(name: str, module: nn.Module, offloaded: set[str]) -> bool:
     """Whether a packed module lacks a tensor, or still waits for a full-precision weight."""
     parameters = module._parameters
-    waiting = [name for name in ("weight", "gate_up_proj", "up_proj", "down_proj") if name in parameters]
-    return bool(waiting) or not all(_arrived(value) for value in parameters.values() if value is not None)
+    waiting = [leaf for leaf in ("weight", "gate_up_proj", "up_proj", "down_proj") if leaf in parameters]
+    held = ((f"{name}.{leaf}", value) for leaf, value in parameters.items() if value is not None)
+    return bool(waiting) or not all(_arrived(full, value, offloaded) for full, value in held)
 
 
-def _arrived(parameter: nn.Parameter) -> bool:
-    """Whether the loader has set a parameter; offloaded ones live on the meta device and are checked by the loader."""
-    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
+def _arrived(name: str, parameter: nn.Parameter, offloaded: set[str]) -> bool:
+    """Whether the loader has set a parameter, or knows where to read it when it is needed."""
+    return getattr(parameter, "_is_hf_initialized", False) or (parameter.is_meta and name in offloaded)
+
+
+def _offloaded(model: nn.Module) -> set[str]:
+    """Names of the tensors that accelerate's hooks hold on the CPU or find on disk while parameters are on meta."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    maps = (getattr(hook, "weights_map", None) for hook in hooks)
+    sources = {id(source): source for found in maps if (source := getattr(found, "dataset", None)) is not None}
+    return {name for source in sources.values() for name in source}

@@ -21,11 +21,12 @@ from .backend import load_all
 from .checkpoint import audit, forget_native_weights, point_to_native_weights
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
-from .errors import HfQuantError
+from .errors import HfQuantError, UnsupportedError
 from .experts import QExperts
 from .native_model import from_native, to_native
 from .nn import PackedModule
 from .pages import release_mapped
+from .parallel import plan_packed, to_local_specs
 from .quantize import check_recipe
 from .stats import Stats
 from .swap import packed_modules, quantize_into, swap_in, swap_out
@@ -130,6 +131,19 @@ class HfQuantHfQuantizer(HfQuantizer):
 
         return producer_std(model, checkpoint_files, [target.name for target in targets])
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Plan the packed tensors of a model that is loaded on several ranks. Raises UnsupportedError if it cannot be."""
+        asked = getattr(model.config, "distributed_config", None)
+        ranks = 1 if asked is None else max(asked.tp_size, asked.ep_size)
+        if ranks == 1:
+            return
+        if not self.pre_quantized:
+            raise UnsupportedError(
+                "quantizing while loading on several ranks would give each rank ranges of its own part: quantize and "
+                "save the model in one process, then load the result with tensor parallelism"
+            )
+        plan_packed(packed_modules(model), plan, ranks)
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a full-precision parameter is to be packed: its module still waits for it."""
         module, leaf = get_module_from_name(model, param_name)
@@ -161,12 +175,13 @@ class HfQuantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check that every weight arrived, freeze packed tensors, and make saving write a native checkpoint."""
         audit(model, self.pre_quantized)
+        to_local_specs(packed_modules(model))
         for _, module in packed_modules(model):
             for name in _packed_names(module):
                 module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
-        bits = self.quantization_config.recipe.scheme.weight.numbers().bits
-        # The marks that PEFT's `prepare_model_for_kbit_training` looks for.
-        model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits <= 4, bits > 4
+        # PEFT's `prepare_model_for_kbit_training` looks for a mark. Those of bitsandbytes (`is_loaded_in_4bit`) have
+        # side effects: AdaLora and `num_parameters` ask for that library, IA3 does not merge, scales become float32.
+        model.hqq_quantized = True
         to_native(model)
         if self.coverage is not None:
             logger.info("hfquant %s: %s", self.quantization_config.method, self.coverage.line())
@@ -176,7 +191,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         """Back to ordinary modules with the quantized values in `dtype`."""
         swap_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         from_native(model)
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        model.hqq_quantized = False
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import ops
 from .layouts import LAYOUTS, unpack
@@ -42,8 +43,9 @@ class PackedModule(nn.Module):
             self._parameters[name] = nn.Parameter(packed[name], requires_grad=False)
 
     def packed(self) -> list[Tensor]:
-        """The packed tensors in the order of `spec.names`."""
-        return [self._parameters[name] for name in self.spec.names]  # type: ignore[misc]
+        """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them."""
+        held = (self._parameters[name] for name in self.spec.names)
+        return [value.to_local() if isinstance(value, DTensor) else value for value in held]  # type: ignore[misc]
 
     def qtensor(self) -> QTensor:
         """The weight as codes and grid parameters."""

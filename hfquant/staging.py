@@ -30,9 +30,7 @@ def check_output(out: Path, overwrite: bool, keep: str | Path | None = None) -> 
             f"the output folder {out} is not empty: name another one, or overwrite it (overwrite=True, --overwrite)"
         )
     if not (out / "config.json").exists():
-        raise SpecError(
-            f"{out} holds files but no model (no config.json), it is not overwritten: name another folder"
-        )
+        raise SpecError(f"{out} holds files but no model (no config.json), it is not overwritten: name another folder")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def compare(
     started = time.perf_counter()
     model_config = original_config(model)
     dtype = stored_dtype(model, model_config)
-    batches = read_batches(str(model), data, sequences, length)
+    batches = read_batches(str(model), data, sequences, length, batch_size=16)
     with progress("reading the original", len(batches) * (len(configs) + 2)) as tick:
         original = load_model(model, dtype="float32")
         size = sum(parameter.numel() for parameter in original.parameters()) * dtype.itemsize

@@ -24,7 +24,7 @@ def demo_command(
     model: Annotated[str | None, typer.Option(help="Folder of a model; the bundled one by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Text file to measure on; the bundled one by default.")] = None,
     methods: Annotated[str, typer.Option(help="Methods, options after colons: int8,nf4:double_quant=true")] = METHODS,
-    sequences: Annotated[int, typer.Option(help="How many sequences to compare.")] = 64,
+    sequences: Annotated[int, typer.Option(help="How many sequences to compare.")] = 48,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
 ) -> None:
@@ -75,12 +75,12 @@ def _show(rows: Sequence[Row], facts: dict[str, Any]) -> None:
     for row in rows:
         made.add_row(*cells(row))
     predictions = f"{rows[0].fidelity.tokens} predictions on {facts['data']}"
-    out.print(f"\n[bold]{facts['model']}[/], {predictions}: quantized, saved, reloaded, compared with the original\n")
+    out.print(f"\n[bold]{facts['model']}[/], {predictions}: quantized, saved, reloaded, compared\n")
     out.print(made)
     out.print(
-        "\nbits: per quantized weight, scales and all else included   MB: the whole model\n"
-        "KL: divergence from the original, nats per token           top-1: same most likely token\n"
-        "ppl change: 95 % interval of the difference in perplexity  cover: share of bytes quantized",
+        "\nbits: per quantized weight, scales included   MB: the whole model\n"
+        "KL: divergence from the original, nats       top-1: same most likely token\n"
+        "ppl change: 95 % interval, paired            cover: share of bytes quantized",
         style="dim",
     )
     out.print(f"\n{facts['seconds']:.0f} s. Next, on a model of your own (a folder or a name on the Hub):\n")

@@ -36,10 +36,13 @@ def eval_command(
         raise SpecError(f"--data {data} is not a file: give a text file")
     batches = read_batches(reference, data, sequences, length, batch_size)
     options = {"dtype": dtype, "device_map": device}
-    with progress("original", 2 * len(batches)) as tick:
-        measured = Reference(load_model(reference, **options), batches, forward=ticking(tick))
-        candidate = load_model(model, **options)
-        result = measured.compare(candidate, forward=ticking(tick, "quantized"))
+    original = load_model(reference, **options)
+    with progress("measuring the original", len(batches)) as tick:
+        measured = Reference(original, batches, forward=ticking(tick))
+    del original  # kept by `measured` if it has to run again
+    candidate = load_model(model, **options)
+    with progress("measuring the quantized model", len(batches)) as tick:
+        result = measured.compare(candidate, forward=ticking(tick))
     if json:
         print_json({"model": model, "reference": reference, "data": str(data), "length": length, **asdict(result)})
     else:

@@ -76,7 +76,12 @@ def quiet_loading(verbose: bool) -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Tick]:
-    """A bar with the time that is left, over `total` steps; call what it yields after each."""
+    """A bar with the time that is left, over `total` steps; call what it yields after each.
+
+    transformers' own bars are off meanwhile: two live bars would overwrite each other.
+    """
+    from transformers.utils import logging
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -91,7 +96,12 @@ def progress(label: str, total: int) -> Iterator[Tick]:
         def tick(now: str = "") -> None:
             bar.update(task, advance=1, description=now or label)
 
-        yield tick
+        logging.disable_progress_bar()
+        try:
+            yield tick
+        finally:
+            if shows_progress():
+                logging.enable_progress_bar()
 
 
 def method_label(method: str, options: dict[str, Any]) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from hfquant.backend import Backend, register, unregister
 from hfquant.kernel import REFERENCE, Kernel
 from hfquant.preview import preview
 from hfquant.report import REPORT_NAME
+from hfquant.testing.fakehub import FakeHub
 from hfquant.testing.tiny import KINDS, tiny_inputs, tiny_model
 
 
@@ -288,3 +292,37 @@ def test_coverage_accounts_for_every_byte(model, source):
 def test_a_model_without_quantization_is_told_so(ask):
     with pytest.raises(SpecError, match="LlamaForCausalLM"):
         ask(tiny_model("llama"))
+
+
+FROM_THE_HUB = """
+import json, sys
+import hfquant
+from hfquant.preview import preview
+from hfquant.testing.tiny import tiny_model
+from huggingface_hub import HfApi
+
+tiny_model("llama").push_to_hub("me/model")
+HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="tokenizer.json", repo_id="me/model")
+HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="me/model")
+config = hfquant.HfQuantConfig("int4")
+promised = preview("me/model", config)
+done = hfquant.quantize("me/model", config, sys.argv[1])
+print(json.dumps([promised.mb_after, done.mb_after, done.source]))
+"""
+
+
+def test_a_repository_on_the_hub_is_a_source_too(tmp_path):
+    with FakeHub() as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(tmp_path / "out")],
+            env={**os.environ, **hub.environment()},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert run.returncode == 0, run.stderr
+    promised, done, source = json.loads(run.stdout.splitlines()[-1])
+    assert promised == done == pytest.approx(tensor_bytes(tmp_path / "out") / 1e6) and source == "me/model"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "tokenizer.json" in names and "notes.txt" not in names and "model.safetensors" not in names

@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory):
     for kind in KINDS:
         source, native = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("native")
         tiny_model(kind).save_pretrained(source)
-        model = load(source, config())
+        model = load(source, quantization_config=config())
         model.save_pretrained(native)
         made[kind] = source, native, logits(model)
     return made
@@ -41,8 +41,14 @@ def config() -> HfQuantConfig:
     return HfQuantConfig("int4", group_size=32, symmetric=False)
 
 
-def load(folder: Path, quantization_config=None, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config, **kwargs)
+def load(folder: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def start(checkpoints, kind: str, how: str) -> dict:
+    """The keywords of `load` for a checkpoint that is quantized on the fly, or that is native."""
+    source, native, _ = checkpoints[kind]
+    return {"folder": source, "quantization_config": config()} if how == "on the fly" else {"folder": native}
 
 
 @torch.no_grad()
@@ -53,9 +59,8 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["on the fly", "native"])
 def test_offloaded_models_compute_the_same_and_save_the_same(checkpoints, tmp_path, kind, how):
-    source, native, expected = checkpoints[kind]
-    path, asked = (source, config()) if how == "on the fly" else (native, None)
-    model = load(path, asked, device_map=MAP, offload_folder=tmp_path / "offload")
+    _, native, expected = checkpoints[kind]
+    model = load(**start(checkpoints, kind, how), device_map=MAP, offload_folder=tmp_path / "offload")
     packed = {name for name, _ in packed_modules(model)}
     on_disk = {name for name in packed if name.startswith("model.layers.1")}
     assert on_disk and all(p.is_meta for name in on_disk for p in model.get_submodule(name).parameters(recurse=False))
@@ -73,9 +78,10 @@ def test_offloaded_models_compute_the_same_and_save_the_same(checkpoints, tmp_pa
 
 @pytest.mark.parametrize("how", ["on the fly", "native"])
 def test_auto_map_with_little_memory_spreads_over_cpu_and_disk(checkpoints, tmp_path, how):
-    source, native, expected = checkpoints["llama"]
-    path, asked = (source, config()) if how == "on the fly" else (native, None)
-    model = load(path, asked, device_map="auto", max_memory={"cpu": 110_000}, offload_folder=tmp_path)
+    expected = checkpoints["llama"][2]
+    model = load(
+        **start(checkpoints, "llama", how), device_map="auto", max_memory={"cpu": 160_000}, offload_folder=tmp_path
+    )
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     assert torch.equal(logits(model), expected)
 
@@ -83,8 +89,6 @@ def test_auto_map_with_little_memory_spreads_over_cpu_and_disk(checkpoints, tmp_
 @pytest.mark.parametrize("how", ["on the fly", "native"])
 def test_the_budget_is_the_packed_size(checkpoints, how, monkeypatch):
     """What `device_map="auto"` counts for a layer is what the loaded layer takes: not nothing, not full precision."""
-    source, native, _ = checkpoints["llama"]
-    path, asked = (source, config()) if how == "on the fly" else (native, None)
     counted = {}
 
     def watch(model, device_map, max_memory, quantizer):
@@ -92,16 +96,23 @@ def test_the_budget_is_the_packed_size(checkpoints, how, monkeypatch):
         return {"": "cpu"}
 
     monkeypatch.setattr("transformers.modeling_utils._get_device_map", watch)
-    model = load(path, asked, device_map="auto")
-    full = compute_module_sizes(load(source))[0]
+    model = load(**start(checkpoints, "llama", how), device_map="auto")
+    full = compute_module_sizes(load(checkpoints["llama"][0]))[0]
     for name in ("model.layers.0", "model.layers.1.mlp", "model.layers.0.self_attn.q_proj"):
         taken = sum(p.numel() * p.element_size() for p in model.get_submodule(name).parameters())
         assert counted[name] == taken and taken < 0.25 * full[name]
     assert counted["lm_head"] == full["lm_head"]
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.scale", "model.layers.1.mlp.up_proj.codes",
-                                  "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.zero"])  # fmt: skip
+MISSING = [
+    "model.layers.1.mlp.up_proj.scale",
+    "model.layers.1.mlp.up_proj.codes",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.0.mlp.up_proj.zero",
+]
+
+
+@pytest.mark.parametrize("name", MISSING)
 def test_a_missing_tensor_is_caught_wherever_it_belongs(checkpoints, tmp_path, name):
     _, native, _ = checkpoints["llama"]
     (tmp_path / "config.json").write_text((native / "config.json").read_text())
@@ -121,4 +132,4 @@ def test_a_missing_full_precision_weight_is_caught_on_disk(checkpoints, tmp_path
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        load(tmp_path, config(), device_map=MAP, offload_folder=tmp_path / "offload")
+        load(tmp_path, quantization_config=config(), device_map=MAP, offload_folder=tmp_path / "offload")

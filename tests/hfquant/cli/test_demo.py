@@ -48,6 +48,11 @@ def test_a_missing_method_stops_the_demo_before_it_starts(hfquant, source, text,
     assert "no methods" in hfquant(*arguments, "--methods", " , ", status=2).stderr
 
 
+def test_the_bundled_model_is_asked_for_by_name_where_it_is_not(hfquant, text, monkeypatch):
+    monkeypatch.setattr("hfquant.cli.demo.BUNDLED", "no/such/model")
+    assert "run in a clone, or give --model" in hfquant("demo", "--data", text, status=2).stderr
+
+
 def test_the_methods_of_the_demo_are_of_every_kind():
     assert METHODS.split(",")[:3] == ["int8", "llm_int8", "fp8"]
     assert {"nf4", "int4", "int3", "e2m1", "nf4:double_quant=true", "int4:symmetric=false"} <= set(METHODS.split(","))
