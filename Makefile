@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+# One process a core with one thread each; a file's tests stay together because they share fixtures.
+PYTEST_ARGS ?= --numprocesses auto --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,7 +40,7 @@ format: venv  ## rewrite the sources the way `make check` wants them
 	$(BIN)/ruff format .
 
 test: venv  ## the test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 test-gpu: venv  ## the test suite, on a machine that must have a CUDA device
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"

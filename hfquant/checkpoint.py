@@ -55,10 +55,11 @@ def save_native(
     hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("hfquant*.safetensors*"):
+    writes = model.should_save_on_this_rank(kwargs.get("is_main_process", True))
+    for stale in folder.glob("hfquant*.safetensors*") if writes else ():
         stale.unlink()
     save(folder, variant=_VARIANT, **kwargs)
-    if kwargs.get("is_main_process", True):
+    if writes:
         _rename(folder)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub)

@@ -113,7 +113,7 @@ class QExperts(nn.Module):
 
 def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
     """Turn an experts module into its packed form, in place: hooks, biases and settings stay as they are."""
-    module.__class__ = _packed_class(type(module))
+    module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]  # mypy looks at instances' __hash__
     assert isinstance(module, QExperts)
     module.specs, module.keys, module.dtype = {}, {}, dtype
     return module

@@ -132,7 +132,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         return producer_std(model, checkpoint_files, [target.name for target in targets])
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Plan the packed tensors of a model that is loaded on several ranks. Raises UnsupportedError if it cannot be."""
+        """Plan the packed tensors of a model that is loaded on several ranks, or raise UnsupportedError."""
         asked = getattr(model.config, "distributed_config", None)
         ranks = 1 if asked is None else max(asked.tp_size, asked.ep_size)
         if ranks == 1:

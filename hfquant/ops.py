@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _embedding_fake(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.d
     return packed[0].new_empty(*ids.shape, PackedSpec.parse(spec).shape[1], dtype=dtype)
 
 
-_BODIES = {
+_BODIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_fake),
     "input_grad": (_input_grad, _input_grad_fake),
     "dequantize": (_dequantize, _dequantize_fake),

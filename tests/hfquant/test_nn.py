@@ -1,6 +1,7 @@
 """Packed layers behave as the layers they replace: moves, copies, state dicts, hooks, and a weight to write to."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization
 
 from hfquant.blocks import Blocks
 from hfquant.nn import QEmbedding, QLinear, adopt
 from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
-from hfquant.requantize import directions
+from hfquant.requantize import directions, requantize
 from hfquant.spec import Scheme, TensorSpec
 
 NESTED = TensorSpec("uint8", Blocks(1, 256))
@@ -124,6 +126,47 @@ def test_assigning_data_writes_through(layer):
     assert not torch.equal(layer.weight, written)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight, new: weight.data.copy_(new),
+        lambda weight, new: weight.copy_(new),
+        lambda weight, new: weight.data.mul_(0).add_(new),
+        lambda weight, new: weight.data.__setitem__(slice(None), new),
+        lambda weight, new: torch.add(new, 0, out=weight.data),
+        lambda weight, new: setattr(weight, "data", new),
+    ],
+    ids=["data.copy_", "copy_", "chained", "item", "out", "assign"],
+)
+def test_every_way_to_write_counts(change, inference):
+    layer, new = packed_linear(SPECS["int8 rows"]), drawn(40, 48, seed=2)
+    before = layer.weight.clone()
+    with torch.inference_mode(inference):
+        change(layer.weight, new)
+    assert (
+        torch.equal(new, drawn(40, 48, seed=2)) and (layer.weight - new).abs().max() < 0.02 < (before - new).abs().max()
+    )
+
+
+def test_reading_gives_plain_tensors_and_writes_nothing(layer):
+    weight, written = layer.weight, []
+    weight._write = written.append
+    results = [
+        weight + 1,
+        weight.T,
+        weight.double(),
+        weight.clone(),
+        weight.to(torch.bfloat16),
+        weight[0],
+        weight.data @ weight.T,
+    ]
+    results += [F.linear(drawn(2, 48), weight), weight.norm(dim=1), torch.cat([weight, weight])]
+    assert all(type(result) is torch.Tensor for result in results) and not written
+    weight.clone().add_(1)
+    assert not written
+
+
 def _packed(w: torch.Tensor, spec: TensorSpec):
     recipe = Recipe(Scheme(spec))
     return pack(quantize_linear(w, recipe), recipe)
@@ -157,6 +200,29 @@ def test_directions_span_the_rows_of_a_low_rank_change():
     torch.testing.assert_close(v.T @ v, torch.eye(5), rtol=0, atol=1e-5)
     torch.testing.assert_close(down @ v @ v.T, down, rtol=1e-4, atol=1e-4)
     assert directions(torch.zeros(8, 8)).shape == (8, 0)
+
+
+def test_transformers_does_not_initialise_a_packed_weight(layer):
+    """GPT-2's `_init_weights` reaches for `c_proj.weight` of its blocks after loading."""
+    before = layer.weight.clone()
+    initialization.normal_(layer.weight, std=0.02)
+    initialization.zeros_(layer.weight)
+    assert torch.equal(layer.weight, before)
+
+
+def test_outlier_columns_and_column_order_survive_a_write():
+    recipe, w = Recipe(Scheme(SPECS["int8 rows"])), drawn(40, 48)
+    q = quantize_linear(w, recipe, columns=torch.tensor([3, 17]))
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(q, codes=q.codes[:, order], order=order.to(torch.int32))
+    assert torch.equal(shuffled.dequantize(), q.dequantize())
+    new = 2 * drawn(40, 48, seed=4)
+    written = [requantize(new, like) for like in (q, shuffled)]
+    assert torch.equal(written[0].dequantize(), written[1].dequantize()) and torch.equal(
+        written[1].order, shuffled.order
+    )
+    assert torch.equal(written[0].dequantize()[:, [3, 17]], new[:, [3, 17]].bfloat16().float())
+    assert (written[0].dequantize() - new).abs().max() < 0.05
 
 
 def test_nan_cannot_be_written(layer):

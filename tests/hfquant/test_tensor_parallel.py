@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hfquant import HfQuantConfig, UnsupportedError
@@ -22,7 +21,7 @@ from hfquant.testing.tiny import tiny_inputs, tiny_model
 CONFIGS = {
     "int4": {"group_size": 8, "layout": "dense"},
     "int8": {"modules_to_not_convert": []},  # one scale per row, the head as well
-    "quantile4": {"group_size": 16},
+    "quantile4": {"group_size": 8},
 }
 
 
@@ -114,9 +113,17 @@ def test_packed_experts_are_refused(tmp_path):
         plan_packed(model.named_modules(), dict(model.tp_plan), 2)
 
 
+SPLIT = [
+    GROUPS,
+    TensorSpec("uint8", Blocks(1, -1), True),
+    TensorSpec("int4", Blocks(-1, -1)),
+    TensorSpec("quantile4", Blocks(1, 16)),
+    TensorSpec("e4m3fn", Blocks(8, 16)),
+]
+
+
 @pytest.mark.parametrize("style", ["colwise", "rowwise"])
-@pytest.mark.parametrize("spec", [GROUPS, TensorSpec("uint8", Blocks(1, -1), True), TensorSpec("int4", Blocks(-1, -1)),
-                                  TensorSpec("quantile4", Blocks(1, 16)), TensorSpec("e4m3fn", Blocks(8, 16))])  # fmt: skip
+@pytest.mark.parametrize("spec", SPLIT, ids=str)
 def test_parts_side_by_side_are_the_whole_matrix(style, spec):
     """The oracle is the uncut matrix: cut each tensor as planned, dequantize the parts, join them."""
     module = layer(spec, 32, 64)
