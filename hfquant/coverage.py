@@ -155,8 +155,8 @@ def _check_patterns(model: Any, patterns: list[str]) -> None:
     for pattern in patterns:
         if all(should_convert_module(name, [pattern]) for name in names):
             raise SpecError(
-                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}. Give a full name, the "
-                f"end of one, or a regular expression that starts at the beginning, such as '.*{pattern}'"
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}. Give a full name, "
+                f"the end of one, or a regular expression that starts at the beginning, such as '.*{pattern}'"
             )
 
 
