@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,26 @@ class Columns(Protocol):
 
 COLUMNS: Table[Columns] = Table("columns")
 
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def needs_producers(fn: F) -> F:
+    """Mark a function that reads `stats.producer_std`, which takes a look at the whole model to find."""
+    vars(fn)["needs_producers"] = True
+    return fn
+
+
+def wants_producers(name: str) -> bool:
+    """Whether the columns function `name` is marked with `needs_producers`."""
+    return getattr(COLUMNS.get(name), "needs_producers", False)
+
 
 def none(w: Tensor, spec: TensorSpec, stats: Stats) -> Tensor:
     """No column: everything is quantized."""
     return torch.empty(0, dtype=torch.int64, device=w.device)
 
 
+@needs_producers
 def proxy(w: Tensor, spec: TensorSpec, stats: Stats, fraction: float = 0.02) -> Tensor:
     """The `fraction` of columns whose producing weights spread most (standard deviation of the previous layer's rows).
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .backend import load_all
 from .checkpoint import audit, forget_native_weights, point_to_native_weights
+from .columns import wants_producers
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
 from .errors import HfQuantError, UnsupportedError
@@ -95,6 +96,7 @@ class HfQuantHfQuantizer(HfQuantizer):
 
     quantization_config: HfQuantConfig
     coverage: Coverage | None = None
+    _has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is loaded; bring in every plugin, as any may have a kernel."""
@@ -115,6 +117,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         forget_native_weights(model.config)
         skip: Any = config.skipped if self.pre_quantized else config.modules_to_not_convert
         targets, self.coverage = survey(model, skip, config.embeddings)
+        self._has_experts = any(target.kind == "experts" for target in targets)
         self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files, targets)
         if not self.pre_quantized:
             config.skipped = {skip.name: skip.reason for skip in self.coverage.skipped if skip.eligible}
@@ -125,7 +128,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Any, targets: list[Target]
     ) -> dict[str, Tensor]:
         """Spread of the weights that produce each layer's input, if the recipe asks for it."""
-        if self.quantization_config.recipe.columns.name != "proxy":
+        if not wants_producers(self.quantization_config.recipe.columns.name):
             return {}
         from .proxy import producer_std
 
@@ -209,8 +212,8 @@ class HfQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """All layers run through `torch.library` operators."""
-        return True
+        """All layers run through `torch.library` operators; experts choose at run time which of them run."""
+        return not self._has_experts
 
 
 def _waiting(module: PackedModule | QExperts) -> list[str]:

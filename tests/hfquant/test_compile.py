@@ -1,5 +1,7 @@
 """`torch.compile` and `torch.export` see whole graphs, and compute what eager mode computes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -77,3 +79,12 @@ def test_a_layer_can_be_exported(method):
     for count in (2, 9):
         x = torch.randn(count, 48)
         assert torch.equal(program.module()(x), module(x))
+
+
+def test_generation_compiles_dense_models_only(tmp_path: Path) -> None:
+    """Which experts run is decided from the data, which one graph cannot hold."""
+    for kind, expected in (("llama", True), ("mixtral", False)):
+        model = tiny_model(kind)
+        model.save_pretrained(tmp_path / kind)
+        quantized = type(model).from_pretrained(tmp_path / kind, quantization_config=HfQuantConfig("int4"))
+        assert quantized.hf_quantizer.is_compileable is expected
