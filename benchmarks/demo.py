@@ -1,6 +1,6 @@
 """What do the methods cost and save on the small trained model?
 
-Runs `hfquant demo`, commits its table to benchmarks/demo.json and shows it in README.md. `--render` only shows what is
+Runs `hfquant demo`, writes its table to results/demo.json and shows it in README.md. `--render` only shows what is
 committed.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULT, README = ROOT / "benchmarks" / "demo.json", ROOT / "README.md"
+RESULT, README = ROOT / "benchmarks" / "results" / "demo.json", ROOT / "README.md"
 BEGIN, END = "<!-- demo table: written by benchmarks/demo.py -->", "<!-- end of demo table -->"
 PLACEHOLDER = "*Not measured yet: `python benchmarks/demo.py` measures and fills this in.*"
 HEADINGS = ("method", "bits per weight", "MB", "KL", "perplexity", "95 % interval of its change", "top-1", "coverage")

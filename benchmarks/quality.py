@@ -94,7 +94,7 @@ def main() -> None:
         "seeds": SEEDS,
         "tokens": SEQUENCES * (LENGTH - 1),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("hfquant", "torch", "transformers")}},
+        "versions": {name: version(name) for name in ("hfquant", "torch", "transformers")},
         "kl": {row: {"mean": mean(values), "by_seed": values} for row, values in rows.items()},
     }
     RESULT.parent.mkdir(exist_ok=True)

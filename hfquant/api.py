@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from .config import HfQuantConfig
 from .coverage import Coverage
 from .errors import SpecError
 from .kernel import KERNELS, declined, forced_kernel
-from .report import REPORT_NAME, PackedWeight, Report, packed_weights, peak_rss_mb, sizes, versions
+from .report import REPORT_NAME, PackedWeight, Report, packed_weights, peak_rss_mb, sizes, strict_json, versions
 from .source import copy_companions, load_model, original_config
 from .staging import check_output, staged
 
@@ -63,7 +62,7 @@ def quantize(
             output=str(out),
             versions=versions(config.plugins),
         )
-        (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
     return report
 
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import FormatError
+from .experts import QExperts
+from .quantize import pack_empty
+from .recipe import Recipe
+from .spec import SCALE_DTYPES
 from .swap import packed_modules
 
 INDEX_NAME = "hfquant.safetensors.index.json"
+METHOD_KEY = "hfquant"  # in the header of each weight file
 _VARIANT = "hfquant"
 
 
@@ -52,17 +58,38 @@ def save_native(
     if getattr(model, "_hf_peft_config_loaded", False):
         save(save_directory, push_to_hub=push_to_hub, **kwargs)
         return
+    state = kwargs.pop("state_dict", None)
+    if state is not None and (lost := [name for name in _packed_names(model) if name not in state]):
+        raise FormatError(
+            f"state_dict has no {', '.join(lost[:4])}: a quantized model saves its packed tensors. Leave state_dict "
+            "out, or gather it from the quantized model itself"
+        )
     hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     writes = model.should_save_on_this_rank(kwargs.get("is_main_process", True))
-    for stale in folder.glob("hfquant*.safetensors*") if writes else ():
-        stale.unlink()
-    save(folder, variant=_VARIANT, **kwargs)
     if writes:
+        # Closed from here on. The shards go only after the save: an offloaded model may still read its weights there.
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+    stale = list(folder.glob("hfquant*.safetensors"))
+    model.hf_quantizer.state_to_save = state  # transformers asks the quantizer, and drops its own argument
+    try:
+        save(folder, variant=_VARIANT, **kwargs)
+    finally:
+        model.hf_quantizer.state_to_save = None
+    if writes:
+        for shard in stale:
+            shard.unlink()
         _rename(folder)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+
+
+def _packed_names(model: nn.Module) -> Iterator[str]:
+    """Full names of all packed tensors."""
+    for name, module in packed_modules(model):
+        leaves = module.packed_names() if isinstance(module, QExperts) else module.spec.names
+        yield from (f"{name}.{leaf}" for leaf in leaves)
 
 
 def _rename(folder: Path) -> None:
@@ -87,6 +114,23 @@ def _index_of(folder: Path) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, name)}
 
 
+def modules_in(files: Iterable[str], method: str) -> frozenset[str]:
+    """Names of the modules whose tensors are in native weight files.
+
+    Raises FormatError if a file was made with another method than `method`: its codes would mean other numbers.
+    """
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            made = (file.metadata() or {}).get(METHOD_KEY, method)
+            names |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118 - not a dict
+        if made != method:
+            raise FormatError(
+                f"{path} was made with {made!r}, config.json says {method!r}: the files do not belong together"
+            )
+    return frozenset(names)
+
+
 def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
     """Raise FormatError if any weight did not come from the checkpoint: transformers would only warn.
 
@@ -103,6 +147,22 @@ def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
             f"{model.config.name_or_path or 'the checkpoint'} is incomplete or its tensors are named differently: "
             f"nothing was found for {shown}. The model would hold random weights there; load a complete checkpoint"
         )
+    for name, found, wanted in _wrong_dtypes(model) if pre_quantized else ():
+        raise FormatError(f"{name} is stored as {found}, the format has {wanted}: the checkpoint was changed")
+
+
+def _wrong_dtypes(model: PreTrainedModel) -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+    """Packed tensors (name, dtype found, dtype of the format) that are no codes: the loader takes integers as they are,
+    and kernels read bytes. Floats it casts itself, except for scales, whose dtype is free.
+    """
+    for name, module in packed_modules(model):
+        specs = {f"{leaf}_": spec for leaf, spec in module.specs.items()} if isinstance(module, QExperts) else None
+        for prefix, spec in (specs or {"": module.spec}).items():
+            recipe = Recipe(spec.scheme, layout=spec.layout)
+            for leaf, empty in pack_empty(spec.shape, recipe, module.dtype, spec.outliers)[0].items():
+                found = module._parameters[prefix + leaf].dtype  # type: ignore[union-attr]
+                if found != empty.dtype and not {found, empty.dtype} <= {*SCALE_DTYPES.values()}:
+                    yield f"{name}.{prefix}{leaf}", found, empty.dtype
 
 
 def _incomplete(name: str, module: nn.Module, offloaded: set[str]) -> bool:

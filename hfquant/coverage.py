@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -75,14 +76,18 @@ class Coverage:
 
 
 def survey(
-    model: nn.Module, skip: list[str] | dict[str, str] | None, embeddings: bool
+    model: nn.Module,
+    skip: list[str] | dict[str, str] | None,
+    embeddings: bool,
+    held: frozenset[str] = frozenset(),
 ) -> tuple[list[Target], Coverage]:
     """Look at every module with parameters of its own and decide.
 
-    `skip`: the user's modules_to_not_convert, None for the defaults, or a dict with a reason for each. A tied weight is
-    never a target: packing one end would break the tie.
+    `skip`: the user's modules_to_not_convert, None for the defaults, or a dict with a reason for each. `held`: modules
+    in the checkpoint that this dict is from; those that it does not list are packed there. A tied weight is never a
+    target: packing one end would break the tie.
     """
-    reasons = _skip_reasons(model, skip)
+    reasons = _skip_reasons(model, skip, held)
     targets: list[Target] = []
     skipped: list[Skip] = []
     total = quantized = 0
@@ -134,7 +139,7 @@ def _is_bias(module: nn.Module, parameter: nn.Parameter) -> bool:
     return any(p is parameter and name.endswith("_bias") for name, p in module.named_parameters(recurse=False))
 
 
-def _skip_reasons(model: Any, skip: list[str] | dict[str, str] | None) -> dict[str, str]:
+def _skip_reasons(model: Any, skip: list[str] | dict[str, str] | None, held: frozenset[str]) -> dict[str, str]:
     """Pattern -> reason, for modules that are left alone by request, by default or because they are tied."""
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     reasons = {f"{key}$": "tied weights" for key in tied}
@@ -145,7 +150,9 @@ def _skip_reasons(model: Any, skip: list[str] | dict[str, str] | None) -> dict[s
     elif skip is not None:
         _check_patterns(model, skip)
         return reasons | dict.fromkeys(skip, "in modules_to_not_convert")
-    defaults = [key for key in get_keys_to_not_convert(model) if key not in tied]
+    defaults = [
+        key for key in get_keys_to_not_convert(model) if key not in tied and held.isdisjoint(aliases(model, key))
+    ]
     return reasons | {f"{key}$": "output layer, kept by default" for key in defaults}
 
 
@@ -153,6 +160,10 @@ def _check_patterns(model: Any, patterns: list[str]) -> None:
     """Raise SpecError for a pattern that matches no module: a typing error would quantize what was to be kept."""
     names = [alias for name, _ in model.named_modules() for alias in aliases(model, name)]
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise SpecError(f"modules_to_not_convert: {pattern!r} is no regular expression: {error}") from error
         if all(should_convert_module(name, [pattern]) for name in names):
             raise SpecError(
                 f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}. Give a full name, "

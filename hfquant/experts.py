@@ -98,6 +98,10 @@ class QExperts(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the original class, which can be imported."""
+        return _empty_packed, (self.original,), self.__dict__
+
     def __getattr__(self, name: str) -> Any:
         """Explain what became of a fused weight that is packed now."""
         try:
@@ -123,6 +127,11 @@ def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
 def _packed_class(original: type[nn.Module]) -> type[nn.Module]:
     """One packed class for each class of experts."""
     return type(f"Q{original.__name__}", (QExperts, original), {"original": original})
+
+
+def _empty_packed(original: type[nn.Module]) -> nn.Module:
+    cls = _packed_class(original)  # type: ignore[arg-type]  # see to_packed_experts
+    return cls.__new__(cls)
 
 
 def refuse_packed_targets(model: nn.Module, configs: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
 from .backend import load_all
-from .checkpoint import audit, forget_native_weights, point_to_native_weights
+from .checkpoint import METHOD_KEY, audit, forget_native_weights, modules_in, point_to_native_weights
 from .columns import wants_producers
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
@@ -96,6 +96,7 @@ class HfQuantHfQuantizer(HfQuantizer):
 
     quantization_config: HfQuantConfig
     coverage: Coverage | None = None
+    state_to_save: dict[str, Tensor] | None = None
     _has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +117,8 @@ class HfQuantHfQuantizer(HfQuantizer):
         config = self.quantization_config
         forget_native_weights(model.config)
         skip: Any = config.skipped if self.pre_quantized else config.modules_to_not_convert
-        targets, self.coverage = survey(model, skip, config.embeddings)
+        held = modules_in(checkpoint_files, config.method) if self.pre_quantized and checkpoint_files else frozenset()
+        targets, self.coverage = survey(model, skip, config.embeddings, held)
         self._has_experts = any(target.kind == "experts" for target in targets)
         self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files, targets)
         if not self.pre_quantized:
@@ -191,15 +193,20 @@ class HfQuantHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Back to ordinary modules with the quantized values in `dtype`."""
-        swap_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        """Back to ordinary modules with the quantized values in `dtype`; what was not quantized follows."""
+        loaded = model.dtype
+        wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or loaded
+        swap_out(model, wanted)
         from_native(model)
+        for parameter in model.parameters():
+            if parameter.dtype == loaded != wanted:  # what is kept in another dtype on purpose stays
+                parameter.data = parameter.data.to(wanted)
         model.hqq_quantized = False
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Marks every weight file with the method that made it."""
-        return None, {"hfquant": self.quantization_config.method}
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The tensors to save if the caller gave them; marks every weight file with the method that made it."""
+        return self.state_to_save, {METHOD_KEY: self.quantization_config.method}
 
     def is_serializable(self) -> bool:
         """Every quantized model can be saved."""

@@ -15,7 +15,16 @@ from .coverage import Coverage, survey
 from .errors import FormatError, SpecError
 from .nn import PackedModule
 from .report import PackedWeight, packed_weights
-from .source import empty_model, headers, load_model, method_of, read_config, stored_dtype, weight_files
+from .source import (
+    empty_model,
+    headers,
+    load_model,
+    method_of,
+    original_config,
+    read_config,
+    stored_dtype,
+    weight_files,
+)
 from .spec import Scheme, TensorSpec
 from .swap import packed_modules, swap_in
 
@@ -77,7 +86,7 @@ def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) ->
         found = method_of(config) or "not quantized"
         raise SpecError(f"{path} is no hfquant checkpoint ({found}): inspect a folder written by `hfquant quantize`")
     if reference is not None:
-        original = load_model(reference, dtype="auto")
+        original = load_model(reference, original_config(reference), dtype="auto")
         return inspect_model(load_model(path, dtype="auto"), original)
     stored = HfQuantConfig.from_dict(config.quantization_config)
     model = empty_model(config, stored_dtype(path, config))

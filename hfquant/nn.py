@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import ops
+from .errors import FormatError
 from .layouts import LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
 from .spec import PackedSpec
 from .weight_view import WeightView
+
+_NUMBERS = "hfquant"  # entry of a state dict's metadata: what the codes of a layer mean
 
 
 class PackedModule(nn.Module):
@@ -78,6 +82,19 @@ class PackedModule(nn.Module):
             super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[_NUMBERS] = self.key
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Refuse codes that mean other numbers: int4 and nf4 differ in nothing but what they stand for."""
+        key = local_metadata.get(_NUMBERS)
+        if key is not None and PackedSpec.parse(key).scheme.weight != self.spec.scheme.weight:
+            found, held = (spec.scheme.weight for spec in (PackedSpec.parse(key), self.spec))
+            raise FormatError(f"{prefix[:-1]}: the state dict holds {found}, this layer {held}: quantize both alike")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         """The shape and numbers of the weight."""

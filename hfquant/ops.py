@@ -46,8 +46,10 @@ def _dequantize_fake(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Ten
 
 def _embedding(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     parsed = PackedSpec.parse(spec)
+    index = ids.flatten()
+    index = torch.where(index < 0, parsed.shape[0], index)  # indexing would count from the end: make it fail instead
     tensors = dict(zip(parsed.names, packed, strict=True))
-    rows = LAYOUTS.get(parsed.layout).rows(tensors, ids.flatten(), parsed.shape, parsed.scheme.weight)
+    rows = LAYOUTS.get(parsed.layout).rows(tensors, index, parsed.shape, parsed.scheme.weight)
     return rows.to(dtype).reshape(*ids.shape, parsed.shape[1])
 
 

@@ -36,6 +36,8 @@ def _is_unwritten_file(start: int, stop: int) -> bool:
             if "-" in fields[0]:
                 low, high = (int(bound, 16) for bound in fields[0].split("-"))
                 inside = low <= start and stop <= high and len(fields) > 5 and fields[5].startswith("/")
-            elif inside and fields[0] == "Anonymous:":
+            elif inside and fields[0] == "Anonymous:" and fields[1] != "0":
+                return False
+            elif inside and fields[0] == "Swap:":  # written pages may have left the memory, and would be lost as well
                 return fields[1] == "0"
     return False

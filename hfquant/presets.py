@@ -28,7 +28,8 @@ def group_blocks(block_size: int | None, group_size: int | None, default: int) -
         raise SpecError(f"block_size={block_size} and group_size={group_size} mean the same and differ: give one")
     size = block_size if block_size is not None else group_size if group_size is not None else default
     if not isinstance(size, int) or (size != -1 and size < 2):
-        raise SpecError(f"block_size is at least 2, or -1 for one scale per output channel, got {size!r}")
+        asked = "block_size" if block_size is not None else "group_size"
+        raise SpecError(f"{asked} is at least 2, or -1 for one scale per output channel, got {size!r}")
     return Blocks(1, size)
 
 

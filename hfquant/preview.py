@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .config import HfQuantConfig
@@ -13,7 +12,7 @@ from .coverage import Target, survey
 from .experts import expert_projections
 from .recipe import Recipe
 from .report import Report, sizes, versions
-from .source import empty_model, original_config, stored_dtype
+from .source import dtype_named, empty_model, original_config, stored_dtype
 from .swap import swap_in
 
 
@@ -23,7 +22,7 @@ def preview(src: str | Path, config: HfQuantConfig, dtype: str = "auto", revisio
     Outlier columns are counted by their share, so a method that finds them in the weights shows none. Raises SpecError.
     """
     model_config = original_config(src, revision)
-    chosen = stored_dtype(src, model_config, revision) if dtype == "auto" else getattr(torch, dtype)
+    chosen = dtype_named(dtype) or stored_dtype(src, model_config, revision)
     model = empty_model(model_config, chosen)
     targets, coverage = survey(model, config.modules_to_not_convert, config.embeddings)
     swap_in(model, targets, config.recipe, _outlier_counts(model, targets, config.recipe), wait=False)

@@ -51,12 +51,16 @@ def _check_scale(spec: TensorSpec) -> None:
 
 
 def _check_step(table: Table, step: Step) -> None:
-    """Refuse options that the function does not take."""
-    names = list(inspect.signature(table.get(step.name)).parameters)[_REFERENCE_POSITIONAL[table.axis] :]
-    for option in step.options:
+    """Refuse options that the function does not take, and values that are no numbers where it takes numbers."""
+    parameters = inspect.signature(table.get(step.name)).parameters
+    names = list(parameters)[_REFERENCE_POSITIONAL[table.axis] :]
+    for option, value in step.options.items():
         if option not in names:
             known = ", ".join(names) or "none"
             raise SpecError(f"{table.axis} {step.name!r} has no option {option!r}: its options are {known}")
+        default = parameters[option].default
+        if type(default) in (int, float) and not isinstance(value, int | float):
+            raise SpecError(f"{table.axis} {step.name!r}: option {option!r} is a number like {default}, got {value!r}")
 
 
 def layout_of(recipe: Recipe) -> str:

@@ -56,7 +56,10 @@ def params_from_bounds(w: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -
     grid = spec.numbers()
     fitted = isinstance(grid, FittedGrid)
     scale = torch.maximum(high, -low) if fitted else scale_from_bounds(low, high, grid, spec.zero)
-    stored = store_scales(one_for_zero(scale), spec.scale)
+    # All-zero blocks have any scale. Where scales are quantized, a 1 would dwarf the others and round them away.
+    nested = not isinstance(spec.scale, str)
+    scale = scale.masked_fill((low == 0) & (high == 0), 0) if nested else one_for_zero(scale)
+    stored = store_scales(scale, spec.scale)
     values = stored.dequantize().reshape(scale.shape) if isinstance(stored, QTensor) else stored.float()
     if isinstance(grid, FittedGrid):
         shape = (w.shape[0], w.shape[1])
@@ -104,8 +107,9 @@ def mse(w: Tensor, spec: TensorSpec, stats: Stats, norm: float = 2.0, steps: int
     are quantized themselves). Source: GPTQ's `find_params` (with norm 2.4); the unclipped range is always among the
     candidates, so absmax is never better.
     """
-    if steps < 2 or not 0 < shrink < 1:
-        raise SpecError(f"mse needs steps >= 2 and 0 < shrink < 1, got steps={steps}, shrink={shrink}")
+    if not isinstance(steps, int) or steps < 2 or not 0 < shrink < 1 or not norm > 0:
+        found = f"steps={steps}, shrink={shrink}, norm={norm}"
+        raise SpecError(f"mse needs a whole number of steps >= 2, 0 < shrink < 1 and norm > 0, got {found}")
     grid = spec.numbers()
     if isinstance(grid, FittedGrid):
         raise SpecError(f"range 'mse' cannot search a grid that is fitted to the data ({grid.name}): use 'absmax'")

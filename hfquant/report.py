@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import sys
 from collections.abc import Iterable
@@ -71,6 +73,19 @@ def _parameter(module: QExperts, name: str) -> Tensor:
     return found
 
 
+def strict_json(data: Any) -> str:
+    """JSON that every parser reads: infinities (an interval of one sequence, no threshold) become null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and math.isinf(data) else data
+
+
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors on any device, the meta device included."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -117,7 +132,7 @@ def sizes(model: nn.Module, coverage: Coverage) -> dict[str, Any]:
 
 def versions(plugins: dict[str, dict[str, str]] | None = None) -> dict[str, str]:
     """Versions of Python, the system, the libraries that are installed, and the plugins given."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = version(name)

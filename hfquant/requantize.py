@@ -27,13 +27,15 @@ _SHARE = 8  # nor more than this part of the columns: the others must have room 
 _POWER_STEPS = 2  # a low-rank change is found exactly in one, the rest is for changes of full rank
 _NOISE = 1e-2  # directions weaker than this share of the strongest are rounding noise of 16-bit arithmetic
 _ALIGNED = 1.5  # times the share of independent errors: more means that rounding works against the change
+_WORTH = 0.5  # of a row's squared error within the change must go, or the noise of moved codes is for nothing
 _STEPS = 256  # columns are rounded in at most this many blocks: enough feedback, and time linear in their number
 
 
 def requantize(w: Tensor, like: QTensor) -> QTensor:
     """Quantize new values `w` [N, K] on the numbers, layout of blocks and outlier columns of `like`.
 
-    Ranges are those of `like`, or absmax of the new values if that makes less error. Raises WeightError on NaN.
+    Ranges are those of `like`, or absmax of the new values if that makes less error. Values equal to those of `like`
+    in the dtype of `w` count as unchanged and keep their codes. Raises WeightError on NaN.
     """
     check_finite(w, _NAMED.name)
     index = torch.empty(0, dtype=torch.int64, device=w.device)
@@ -45,8 +47,11 @@ def requantize(w: Tensor, like: QTensor) -> QTensor:
     if like.order is not None:
         body = body[:, like.order.long()]
     old = replace(like, order=None, outliers=None)
+    # A 16-bit `w` comes from a rounded view of the old values: that rounding is neither a change nor to be cancelled.
+    change = body - old.dequantize(w.dtype).float()
+    body = torch.where(change == 0, old.dequantize(), body)
     q = min(_candidates(body, old), key=lambda q: float((q.dequantize() - body).square().sum()))
-    return replace(cancel_errors(body, body - old.dequantize(), q), outliers=outliers, order=like.order)
+    return replace(cancel_errors(body, change, q), outliers=outliers, order=like.order)
 
 
 def _candidates(body: Tensor, old: QTensor) -> list[QTensor]:
@@ -81,7 +86,9 @@ def cancel_errors(w: Tensor, change: Tensor, q: QTensor) -> QTensor:
         move = (far[:, columns] - wanted).abs() < (near[:, columns] - wanted).abs()
         codes[:, columns] = torch.where(move, far_codes[:, columns], codes[:, columns])
         gathered += torch.where(move, far[:, columns], near[:, columns]) @ v[columns]
-    return replace(q, codes=codes)
+    # Levels lie too far apart for the smallest changes: a row whose errors do not cancel keeps its nearest codes.
+    worth = gathered.square().sum(1) < _WORTH * (near @ v).square().sum(1)
+    return replace(q, codes=torch.where(worth[:, None], codes, q.codes))
 
 
 def _aligned(errors: Tensor, v: Tensor) -> bool:

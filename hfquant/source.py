@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .errors import SpecError
+from .errors import FormatError, HfQuantError, SpecError
+
+DTYPES = ("float32", "float16", "bfloat16")
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of transformers' device_map, beside devices
 
 # What a quantized copy needs besides weights and config.json to stand in for the original.
 COMPANIONS = (
@@ -35,12 +39,15 @@ def read_config(src: str | Path, revision: str | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(src, revision=revision)
     except (OSError, ValueError) as error:
-        raise SpecError(f"{src} is not a model that transformers can read: {error}") from error
+        missing = "" if Path(src).is_dir() else f"there is no folder {src}, and "
+        raise SpecError(f"{missing}{src} is not a model that transformers can read: {error}") from error
 
 
 def _check_place(src: str | Path) -> None:
     """Raise SpecError for a folder that is not there: transformers would take it for a repository."""
     path = Path(src)
+    if path.is_file():
+        raise SpecError(f"{path} is a file: name the folder of a model")
     local = isinstance(src, Path) or str(src).startswith((".", "/", "~")) or str(src).count("/") > 1
     if local and not path.is_dir():
         raise SpecError(f"there is no folder {path}")
@@ -53,7 +60,7 @@ def original_config(src: str | Path, revision: str | None = None) -> Any:
     config = read_config(src, revision)
     method = method_of(config)
     if method is not None:
-        raise SpecError(f"{src} is quantized already ({method}): start from the original model")
+        raise SpecError(f"{src} is quantized already ({method}): give the original model")
     return config
 
 
@@ -83,12 +90,44 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def load_model(src: str | Path, config: Any = None, **options: Any) -> Any:
-    """Load `src` with the class its configuration names; `options` go to `from_pretrained`. Raises SpecError."""
+    """Load `src` with the class its configuration names; `options` go to `from_pretrained`.
+
+    Raises SpecError for what cannot be loaded as asked, FormatError for damaged weights.
+    """
     config = config or read_config(src, options.get("revision"))
+    dtype_named(options.get("dtype", "auto"))
+    _check_device(options.get("device_map"))
     try:
         return model_class(config).from_pretrained(src, **options).eval()
-    except OSError as error:
+    except HfQuantError:
+        raise
+    except SafetensorError as error:
+        raise FormatError(f"a weight file of {src} is damaged: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error):  # transformers' advice, which nobody here could follow
+            raise FormatError(f"the weights of {src} have other shapes than its config.json says") from error
         raise SpecError(f"cannot load {src}: {error}") from error
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The floating-point dtype of that name, or None for "auto". Raises SpecError."""
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise SpecError(f"dtype is auto, {', '.join(DTYPES)}, got {name!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _check_device(device: Any) -> None:
+    """Raise SpecError for the name of a device that is not there."""
+    if not isinstance(device, str) or device in PLACEMENTS:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpecError(f"the device {device!r} cannot be used: {reason}. `hfquant doctor` lists devices") from error
 
 
 def stored_dtype(src: str | Path, config: Any, revision: str | None = None) -> torch.dtype:
@@ -120,12 +159,16 @@ def weight_files(src: str | Path, revision: str | None = None) -> list[Path]:
 
 
 def headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype (in safetensors' spelling) and shape of each tensor in a file, without reading any values."""
-    from safetensors import safe_open
+    """Dtype (in safetensors' spelling) and shape of each tensor in a file, without reading any values.
 
-    with safe_open(file, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    Raises FormatError for a damaged file.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise FormatError(f"{file} is damaged: {error}") from error
 
 
 def copy_companions(src: str | Path, out: Path, revision: str | None = None) -> list[str]:

@@ -19,6 +19,11 @@ def check_output(out: Path, overwrite: bool, keep: str | Path | None = None) -> 
     """
     if out.exists() and not out.is_dir():
         raise SpecError(f"the output {out} is a file: name a folder")
+    above = next((parent for parent in out.absolute().parents if parent.exists()), out)
+    if not above.is_dir():
+        raise SpecError(f"the output {out} lies below the file {above}: name another folder")
+    if not os.access(above, os.W_OK):
+        raise SpecError(f"no permission to write in {above}, where the output {out} would be: name another folder")
     if keep is not None and Path(keep).is_dir():
         source, target = Path(keep).resolve(), out.resolve()
         if target == source or target in source.parents:

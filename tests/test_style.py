@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +91,15 @@ def test_import_is_light() -> None:
     extra = loaded("hfquant") - loaded("transformers.quantizers.auto")
     assert not extra & HEAVY
     assert not {name for name in extra if name.startswith("hfquant_")}, "plugins load at first use"
+
+
+def test_contributing_shows_the_import_direction_that_is_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    checked = [set(re.findall(r"\w+", layer)) for layer in reversed(layers)]
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Import direction")[2]
+    shown = section.split("```text")[1].split("```")[0]
+    assert [set(group.split()) for group in shown.split("|")] == checked
 
 
 def test_the_checks_find_what_they_look_for() -> None:

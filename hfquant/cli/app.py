@@ -22,7 +22,7 @@ from .quantize import quantize_command
 
 
 class CleanErrors(TyperGroup):
-    """Prints an error that hfquant raised on purpose as one message: exit status 2 for bad input, 1 for the others."""
+    """Prints an error of hfquant or of a file operation as one message: exit status 2 for bad input, else 1."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take `--verbose` wherever it stands."""
@@ -33,7 +33,9 @@ class CleanErrors(TyperGroup):
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
-        except HfQuantError as problem:
+        except BrokenPipeError:  # the reader of the output went away, which click handles
+            raise
+        except (HfQuantError, OSError) as problem:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SpecError
+from ..report import strict_json
 from .comparison import Row, compare, parse_methods
 from .evaluate import interval
 from .output import stdout, table
@@ -34,12 +34,15 @@ def demo_command(
     text = data or bundled(HELDOUT)
     if not text.is_file():
         raise SpecError(f"--data {text} is not a file: give a text file")
+    if json is not None:  # before minutes of measuring
+        try:
+            json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise SpecError(f"--json {json}: its folder cannot be made ({problem}): name another file") from problem
     rows, facts = compare(source, text, configs, sequences, length)
     _show(rows, facts)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        content = {**facts, "rows": [row.to_dict() for row in rows]}
-        json.write_text(json_module.dumps(content, indent=2) + "\n")
+        json.write_text(strict_json({**facts, "rows": [row.to_dict() for row in rows]}) + "\n")
 
 
 def bundled(name: str) -> Path:

@@ -35,12 +35,13 @@ def eval_command(
     if not data.is_file():
         raise SpecError(f"--data {data} is not a file: give a text file")
     batches = read_batches(reference, data, sequences, length, batch_size)
+    read_config(model)
     options = {"dtype": dtype, "device_map": device}
-    original = load_model(reference, **options)
+    original = _language_model(reference, **options)
     with progress("measuring the original", len(batches)) as tick:
         measured = Reference(original, batches, forward=ticking(tick))
     del original  # kept by `measured` if it has to run again
-    candidate = load_model(model, **options)
+    candidate = _language_model(model, **options)
     with progress("measuring the quantized model", len(batches)) as tick:
         result = measured.compare(candidate, forward=ticking(tick))
     if json:
@@ -50,15 +51,29 @@ def eval_command(
 
 
 def read_batches(tokenizer_of: str, data: Path, sequences: int, length: int, batch_size: int = 8) -> list[Tensor]:
-    """Token batches of a text file, cut by the tokenizer of a model. Raises SpecError if the model has none."""
+    """Token batches of a text file, cut by the tokenizer of a model.
+
+    Raises SpecError if the model has no tokenizer or a window shorter than `length`.
+    """
     from transformers import AutoTokenizer
 
-    read_config(tokenizer_of)
+    window = getattr(read_config(tokenizer_of).get_text_config(), "max_position_embeddings", None)
+    if window is not None and length > window:
+        raise SpecError(f"--length {length} is more than the {window} tokens that {tokenizer_of} can read at once")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     except (OSError, ValueError) as problem:
         raise SpecError(f"{tokenizer_of} has no tokenizer to read text with: {problem}") from problem
     return token_batches(tokenizer, data, sequences, length, batch_size)
+
+
+def _language_model(src: str, **options: Any) -> Any:
+    """Load a model that predicts next tokens. Raises SpecError for any other."""
+    model = load_model(src, **options)
+    if not model.can_generate():
+        found = type(model).__name__
+        raise SpecError(f"{src} is a {found}, which predicts no next tokens: give a causal language model")
+    return model
 
 
 def ticking(tick: Tick, now: str = "") -> Forward:
@@ -84,13 +99,14 @@ def interval(bounds: tuple[float, float], digits: int = 3, sign: bool = False) -
 def _show(result: Fidelity, model: Any, reference: Any) -> None:
     out = stdout()
     made = table("measure", "value", "95 % interval", right=("value",))
-    made.add_row("KL(original || quantized)", f"{result.kl:.5f}", interval(result.kl_ci, 5) + " nats per token")
+    made.add_row("KL(original || quantized), nats", f"{result.kl:.5f}", interval(result.kl_ci, 5))
     made.add_row("top-1 agreement", f"{result.top1:.2%}", "")
     made.add_row("perplexity, original", f"{result.ppl_ref:.3f}", "")
     made.add_row("perplexity, quantized", f"{result.ppl:.3f}", "")
-    difference = interval(result.dppl_ci, sign=True) + " paired"
-    made.add_row("  difference", f"{result.ppl - result.ppl_ref:+.3f}", difference)
+    difference = interval(result.dppl_ci, sign=True)
+    made.add_row("  difference, paired", f"{result.ppl - result.ppl_ref:+.3f}", difference)
     out.print(made)
-    out.print(f"\n{result.tokens} predictions in {result.sequences} sequences.", style="dim")
+    sequences = "1 sequence" if result.sequences == 1 else f"{result.sequences} sequences"
+    out.print(f"\n{result.tokens} predictions in {sequences}.", style="dim")
     if result.ppl > 2 * result.ppl_ref:
         stderr().print("[yellow]Far worse than the original: try more bits or smaller blocks.[/]")

@@ -12,6 +12,9 @@ from ..config import HfQuantConfig
 from ..errors import SpecError
 from ..recipe import PRESETS
 
+# What a config holds besides the options of its method, and where the command line takes it.
+OTHERS = {"method": "--method", "modules_to_not_convert": "--skip", "embeddings": "--embeddings"}
+
 
 def parse_value(text: str) -> Any:
     """A value typed as JSON ("0.02", "true", '{"name": "mse"}'), or else the text itself."""
@@ -22,12 +25,16 @@ def parse_value(text: str) -> Any:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs as a dict. Raises SpecError for one without a key or a "="."""
-    found = {}
+    """`key=value` pairs as a dict. Raises SpecError for one without a key or a "=", and for a key given twice."""
+    found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise SpecError(f"--option {pair!r}: write key=value, for example --option outliers=0.02")
+        if key in found:
+            raise SpecError(f"option {key!r} is given twice: give it once")
+        if key in OTHERS:
+            raise SpecError(f"{key!r} is no option of a method: use {OTHERS[key]}")
         found[key] = parse_value(value)
     return found
 

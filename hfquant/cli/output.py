@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..coverage import Coverage
+from ..report import strict_json
 
 Tick = Callable[[str], None]
 """Called once for each finished step, with what is done next or nothing."""
@@ -39,15 +40,7 @@ def error(message: str) -> None:
 
 def print_json(data: Any) -> None:
     """Print a result for programs; infinite intervals become null, which JSON has."""
-    print(json.dumps(_finite(data), indent=2))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and data in (float("inf"), float("-inf")) else data
+    print(strict_json(data))
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:

@@ -36,7 +36,9 @@ def quantize_command(
         typer.Option(metavar="NAME", help="Module to leave alone in place of the output layer; none for none. Repeat."),
     ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize input embeddings as well.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto (as stored), bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of what is not quantized: auto (as stored), float32, float16, bfloat16.")
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to quantize: cpu, cuda, auto.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,

@@ -34,10 +34,11 @@ def token_batches(
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     needed = sequences * length
     if len(ids) < needed:
+        fit = len(ids) // length
         raise SpecError(
             f"token_batches: {sequences} sequences of {length} tokens need {needed} tokens, but the text has "
-            f"{len(ids)} tokens ({len(text)} characters); give more text, or ask for at most "
-            f"{len(ids) // length} sequences"
+            f"{len(ids)} tokens ({len(text)} characters); give more text"
+            + (f", or ask for at most {fit} sequences" if fit else "")
         )
     # A window opens each of the equal shares of the text; a share holds at least `length` tokens.
     starts = torch.arange(sequences) * len(ids) // sequences

@@ -21,6 +21,7 @@ from hfquant.backend import Backend, register, unregister
 from hfquant.kernel import REFERENCE, Kernel
 from hfquant.preview import preview
 from hfquant.report import REPORT_NAME
+from hfquant.staging import staged
 from hfquant.testing.fakehub import FakeHub
 from hfquant.testing.tiny import KINDS, tiny_inputs, tiny_model
 
@@ -158,6 +159,23 @@ def test_a_failure_leaves_nothing_half_written(source, tmp_path, monkeypatch, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_interrupt_between_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if ".new-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
+        (folder / "new").touch()
+    assert everything(tmp_path) == {"out/old": b""}
+
+
 def test_overwrite_never_touches_what_is_no_model(source, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SpecError, match="no model"):
@@ -182,11 +200,27 @@ def test_bad_requests_are_refused_before_anything_is_loaded(source, tmp_path, mo
         ((tmp_path / "absent", HfQuantConfig("int4"), tmp_path / "out"), "no folder"),
         ((tmp_path, HfQuantConfig("int4"), tmp_path / "out"), "no config.json"),
         ((source, HfQuantConfig("int4"), tmp_path / "file"), "is a file"),
+        ((source, HfQuantConfig("int4"), tmp_path / "file" / "out"), "below the file"),
+        ((source, HfQuantConfig("int4"), "/"), "its own source"),
         ((source, "int4", tmp_path / "out"), "HfQuantConfig"),
     ]
     for arguments, message in cases:
         with pytest.raises(SpecError, match=message):
             hfquant.quantize(*arguments)
+
+
+def test_a_folder_without_write_permission_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfquant.api.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # file modes do not bind root
+    with pytest.raises(SpecError, match=f"no permission to write in {tmp_path}"):
+        hfquant.quantize(source, HfQuantConfig("int4"), tmp_path / "new" / "out")
+
+
+def test_the_report_is_strict_json_whatever_the_options(source, tmp_path):
+    config = HfQuantConfig("llm_int8", threshold=float("inf"))
+    hfquant.quantize(source, config, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / REPORT_NAME).read_text(), parse_constant=pytest.fail)
+    assert stored["options"] == {"threshold": None}
 
 
 def test_a_quantized_source_is_refused(source, tmp_path):

@@ -1,17 +1,20 @@
 """Native checkpoints: closed to plain transformers, open through the Hub, safe files only."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hfquant import HfQuantConfig
+from hfquant import FormatError, HfQuantConfig
 from hfquant.testing.fakehub import FakeHub
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
@@ -58,7 +61,9 @@ def test_config_records_version_recipe_and_plugins(native: Path) -> None:
 
 def test_saving_over_an_older_checkpoint_leaves_no_stale_shards(native: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(native)
+    assert not hasattr(model.config, "transformers_weights")  # a copy of the config must not open the files either
     model.save_pretrained(native)
+    assert "transformers_weights" not in json.loads((native / "config.json").read_text())
     assert {path.name for path in native.glob("*.safetensors")} == {"hfquant.safetensors"}
     LlamaForCausalLM.from_pretrained(native)
 
@@ -107,6 +112,19 @@ def test_generation_works_after_reload(native: Path) -> None:
     assert out.shape == (ids.shape[0], ids.shape[1] + 4)
 
 
+def test_with_an_adapter_attached_only_the_adapter_is_saved(native: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(native)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    saved = {path.name for path in (tmp_path / "adapter").glob("*.safetensors*")}
+    assert saved == {"adapter_model.safetensors"}
+    again = LlamaForCausalLM.from_pretrained(native)
+    again.load_adapter(tmp_path / "adapter")
+    ids = torch.arange(1, 14)[None]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_copies_and_pickles_still_save_closed(native: Path, tmp_path: Path) -> None:
     import copy
     import io
@@ -131,3 +149,72 @@ def test_model_dtype_is_that_of_the_model_not_of_its_scales(tmp_path: Path) -> N
     assert next(model.parameters()).dtype == torch.uint8
     assert model.model.embed_tokens.scale.dtype == torch.float32
     assert model.dtype == torch.bfloat16
+
+
+def test_saving_an_offloaded_model_over_its_own_checkpoint(native: Path, tmp_path: Path) -> None:
+    """Its weights are still in the files that are replaced."""
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    where = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    before = LlamaForCausalLM.from_pretrained(native).state_dict()
+    model = LlamaForCausalLM.from_pretrained(native, device_map=where, offload_folder=tmp_path / "offload")
+    model.save_pretrained(native, max_shard_size="25KB")
+    after = LlamaForCausalLM.from_pretrained(native).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_save_that_fails_leaves_nothing_that_loads(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json is written first: it must not be read with the older weights."""
+    source = native.parent / "source"
+    other = LlamaForCausalLM.from_pretrained(source, quantization_config=HfQuantConfig("nf4"))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.save_pretrained(native)
+    assert json.loads((native / "config.json").read_text())["quantization_config"]["method"] == "nf4"
+    with pytest.raises((OSError, ValueError)):
+        LlamaForCausalLM.from_pretrained(native)
+
+
+def test_weights_of_another_method_are_refused(native: Path) -> None:
+    """int4 and nf4 have the same tensors: only config.json and the header of the files tell them apart."""
+    source, other = native.parent / "source", native.parent / "other"
+    LlamaForCausalLM.from_pretrained(source, quantization_config=HfQuantConfig("nf4")).save_pretrained(other)
+    (native / "config.json").write_text((other / "config.json").read_text())
+    with pytest.raises(FormatError, match=r"'int4'.*'nf4'.*do not belong together"):
+        LlamaForCausalLM.from_pretrained(native)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+def test_codes_of_another_dtype_are_refused(native: Path, dtype: torch.dtype) -> None:
+    """The loader keeps integers as they are, and kernels read the bytes."""
+    name = "model.layers.1.mlp.down_proj.codes"
+    file = native / json.loads((native / "hfquant.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=f"{name} is stored as {dtype}"):
+        LlamaForCausalLM.from_pretrained(native)
+
+
+def test_a_state_dict_given_to_save_is_what_is_saved(native: Path, tmp_path: Path) -> None:
+    """As a trainer does that has gathered it from other ranks; transformers drops it for quantized models."""
+    model = LlamaForCausalLM.from_pretrained(native)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"] += 1
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "given").state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    model.save_pretrained(tmp_path / "own")
+    own = LlamaForCausalLM.from_pretrained(tmp_path / "own").state_dict()
+    assert torch.equal(own["model.norm.weight"], model.model.norm.weight)
+    with pytest.raises(FormatError, match=r"state_dict has no model\.layers\.0"):
+        model.save_pretrained(tmp_path / "plain", state_dict=tiny_model("llama").state_dict())
+
+
+def test_models_with_experts_are_copied_and_pickled(tmp_path: Path) -> None:
+    tiny_model("mixtral", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=HfQuantConfig("int4"))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(twin(**tiny_inputs(model)).logits, model(**tiny_inputs(model)).logits)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Nemo
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -31,6 +33,10 @@ CLASSES = {
     "nemotron_h": (
         NemotronHExperts,
         NemotronHConfig(hidden_size=HIDDEN, n_routed_experts=EXPERTS, moe_intermediate_size=WIDE),
+    ),
+    "muse_spark": (  # a norm after each expert
+        MuseSparkExperts,
+        MuseSparkTextConfig(num_local_experts=EXPERTS, moe_hidden_size=HIDDEN, moe_intermediate_size=WIDE),
     ),
 }
 
@@ -118,6 +124,15 @@ def test_orientation_of_dequantized_weights_is_the_models_own():
     packed, plain = both("gpt_oss")
     assert torch.equal(packed.dequantize("gate_up_proj", torch.float32), plain.gate_up_proj)
     assert packed.dequantize("down_proj", torch.bfloat16).shape == (EXPERTS, WIDE, HIDDEN)
+
+
+def test_biases_of_experts_count_as_kept():
+    cls, config = CLASSES["gpt_oss"]
+    experts = cls(config)
+    _, coverage = survey(Holder(experts), [], embeddings=False)
+    biases = sum(p.nbytes for name, p in experts.named_parameters() if name.endswith("_bias"))
+    assert biases and [(skip.reason, skip.bytes) for skip in coverage.skipped] == [("biases", biases)]
+    assert coverage.quantized + biases == coverage.total == sum(p.nbytes for p in experts.parameters())
 
 
 def test_casting_keeps_packed_bits_and_casts_biases():

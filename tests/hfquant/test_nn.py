@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import initialization
 
 from hfquant.blocks import Blocks
+from hfquant.errors import FormatError
 from hfquant.nn import QEmbedding, QLinear, adopt
 from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
@@ -115,6 +116,19 @@ def test_state_dict_round_trip_is_strict_and_exact(layer):
         other.load_state_dict({name: t for name, t in layer.state_dict().items() if not name.startswith("scale")})
 
 
+def test_a_state_dict_of_other_numbers_is_refused(tmp_path):
+    """nf4 and int4 have the same tensors; only the meaning of the codes differs."""
+    ours, theirs = (packed_linear(TensorSpec(grid, Blocks(1, 32))) for grid in ("nf4", "int4"))
+    assert {n: (t.shape, t.dtype) for n, t in ours.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in theirs.state_dict().items()
+    }
+    torch.save(nn.Sequential(theirs).state_dict(), tmp_path / "theirs.pt")
+    before = ours.weight.clone()
+    with pytest.raises(FormatError, match=r"0: the state dict holds.*int4.*this layer.*nf4"):
+        nn.Sequential(ours).load_state_dict(torch.load(tmp_path / "theirs.pt"))
+    assert torch.equal(ours.weight, before)
+
+
 def test_assigning_data_writes_through(layer):
     new = 3 * drawn(40, 48, seed=2)
     layer.weight.data = new
@@ -172,7 +186,10 @@ def _packed(w: torch.Tensor, spec: TensorSpec):
     return pack(quantize_linear(w, recipe), recipe)
 
 
-def test_writing_a_weight_its_own_values_changes_nothing(layer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_writing_a_weight_its_own_values_changes_nothing(layer, dtype):
+    """In 16 bit too, where the view is rounded: an adapter of zeros must not move a code."""
+    layer.to(dtype)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.weight.data += 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
@@ -191,6 +208,20 @@ def test_adding_in_place_keeps_what_a_small_low_rank_change_does(spec, size):
     layer.weight.data += delta
     lost = ((layer.weight - old - delta) @ x.T).norm() / (delta @ x.T).norm()
     assert lost < 0.3
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 0.02])
+def test_what_a_write_adds_in_noise_it_gains_for_the_change(spec, size):
+    """Codes leave the nearest level only in rows where at least half of the squared error within the change goes."""
+    layer, delta = packed_linear(spec), size * drawn(40, 2, seed=3) @ drawn(2, 48, seed=4)
+    new = layer.weight + delta
+    q, v = requantize(new, layer.qtensor()), torch.linalg.svd(delta).Vh[:2].T
+    error = q.dequantize() - new
+    moved = (error.square().sum(1) > 1.01 * delta.square().sum(1)) & (error.square().sum(1) > 1e-9)
+    before, after = (-delta @ v).square().sum(1), (error @ v).square().sum(1)
+    same_ranges = torch.equal(q.scale_values(), layer.qtensor().scale_values())
+    assert not same_ranges or (after[moved] <= 0.51 * before[moved]).all()
 
 
 def test_directions_span_the_rows_of_a_low_rank_change():
@@ -275,6 +306,10 @@ def test_embedding_is_a_lookup_in_the_dequantized_table(spec, rows, cols, lead):
         assert table.padding_idx == padding_idx and isinstance(table, nn.Embedding)
 
 
-def test_embedding_ids_outside_the_table_raise():
+@pytest.mark.parametrize("index", [40, -1, -40])
+@pytest.mark.parametrize("spec", ["int4 groups", "tiles"])
+def test_embedding_ids_outside_the_table_raise(spec, index):
     with pytest.raises(IndexError):
-        packed_embedding(SPECS["int4 groups"])(torch.tensor([40]))
+        F.embedding(torch.tensor([index]), torch.zeros(40, 48))
+    with pytest.raises(IndexError):
+        packed_embedding(SPECS[spec])(torch.tensor([index]))

@@ -297,3 +297,18 @@ def test_recipes_that_cannot_work_are_refused_early(recipe: Recipe, message: str
 def test_a_good_recipe_is_given_back() -> None:
     recipe = Recipe(INT4, Step("mse", {"norm": 2.4}), columns=Step("proxy", {"fraction": 0.1}))
     assert check_recipe(recipe) is recipe
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("range_", ["absmax", "mse"])
+def test_a_block_of_zeros_does_not_disturb_its_neighbours_when_scales_are_quantized(range_: str, zero: bool) -> None:
+    """A padding row or a pruned block: with 1 for its scale, the small scales beside it would be rounded to steps."""
+    spec = TensorSpec("uint8" if zero else "int8", Blocks(1, 64), zero, TensorSpec("uint8", Blocks(1, 256)))
+    recipe = Recipe(Scheme(spec), Step(range_))
+    w = 0.02 * torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    dense = quantize_linear(w, recipe).dequantize()
+    w[3] = 0
+    padded = quantize_linear(w, recipe).dequantize()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert not padded[3].any()
+    assert (padded - w)[others].norm() <= 1.2 * (dense - w)[others].norm()

@@ -112,9 +112,9 @@ def test_mse_finds_the_best_of_its_candidates(spec: TensorSpec) -> None:
         assert (found <= loss * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("options", [{"steps": 1}, {"shrink": 0.0}, {"shrink": 1.0}])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 2.5}, {"shrink": 0.0}, {"shrink": 1.0}, {"norm": 0}])
 def test_mse_refuses_senseless_searches(options: dict[str, float]) -> None:
-    with pytest.raises(SpecError, match="steps >= 2 and 0 < shrink < 1"):
+    with pytest.raises(SpecError, match="steps >= 2, 0 < shrink < 1 and norm > 0"):
         mse(torch.ones(2, 2), SPECS[0], Stats(), **options)
 
 

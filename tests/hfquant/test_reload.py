@@ -112,6 +112,7 @@ def test_dequantize_gives_the_original_classes_and_the_same_function(kind: str, 
         quantized.dequantize()
         plain = quantized(**inputs).logits
     assert [type(module) for module in quantized.modules()] == [type(module) for module in model.modules()]
+    assert not quantized.hqq_quantized  # what PEFT takes for the mark of a quantized model
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert {name: parameter.shape for name, parameter in quantized.named_parameters()} == shapes
     # Experts add up in another order than the packed loop: bfloat16 rounding apart, the rest is bitwise.
@@ -121,6 +122,18 @@ def test_dequantize_gives_the_original_classes_and_the_same_function(kind: str, 
     again = type(model).from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_dequantize_to_another_dtype_gives_a_model_of_that_dtype(kind: str, tmp_path: Path) -> None:
+    _, quantized = _quantized(kind, tmp_path, "int8")
+    inputs = tiny_inputs(quantized)
+    with torch.no_grad():
+        packed = quantized(**inputs).logits.float()
+        quantized.dequantize(dtype=torch.float32)
+        assert {parameter.dtype for parameter in quantized.parameters()} == {torch.float32}
+        wide = quantized(**inputs).logits
+    assert (wide - packed).norm() < 0.02 * packed.norm()  # bfloat16 rounds to 2^-9, in each of some ten operations
 
 
 def test_save_after_reload_writes_the_same_tensors(tmp_path: Path) -> None:
@@ -157,3 +170,17 @@ def test_reload_without_the_head_and_with_a_new_one(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(base(**inputs).last_hidden_state, expected)
         assert torch.equal(classifier.model(**inputs).last_hidden_state, expected)
+
+
+def test_reload_by_a_subclass_finds_a_quantized_head(tmp_path: Path) -> None:
+    """The class differs from the one in config.json, so defaults apply; but not to what the checkpoint holds packed."""
+    from transformers import LlamaForCausalLM
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model, quantized = _quantized("llama", tmp_path, modules_to_not_convert=[])
+    quantized.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        again = Mine.from_pretrained(tmp_path / "saved")(**tiny_inputs(model)).logits
+        assert torch.equal(again, quantized(**tiny_inputs(model)).logits)

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("typer")
-
 from transformers import LlamaForCausalLM
 
 from .corpus import MIN_BYTES, read_corpus

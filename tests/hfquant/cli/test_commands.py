@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from hfquant.eval import Reference, token_batches
 from hfquant.inspection import inspect_checkpoint
 from hfquant.preview import preview
 from hfquant.recipe import PRESETS
-from hfquant.testing.tiny import tiny_inputs
+from hfquant.testing.tiny import tiny_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,11 @@ def test_overwrite_is_asked_for(hfquant, source, tmp_path):
         (["--option", "colour=blue"], ["no option 'colour'", "block_size"]),
         (["--option", "outliers"], ["key=value"]),
         (["--range", "mse", "--option", "range=kl"], ["twice"]),
+        (["--option", "outliers=0.1", "--option", "outliers=0.2"], ["twice"]),
+        (["--option", "method=int8"], ["use --method"]),
+        (["--option", "embeddings=true"], ["use --embeddings"]),
+        (["--skip", "(("], ["no regular expression"]),
+        (["--dtype", "int8"], ["dtype is auto", "bfloat16", "'int8'"]),
         (["--method", "nf4", "--no-symmetric"], ["zero point"]),
         ([], ["--output", "--dry-run"]),
     ],
@@ -99,6 +105,11 @@ def test_bad_input_is_one_clean_message_and_status_2(hfquant, source, arguments,
     result = hfquant("quantize", source, *arguments, *dry, status=2)
     assert result.stdout == "" and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words)
+
+
+def test_an_unknown_option_is_named_on_the_standard_error(hfquant):
+    result = hfquant("quantize", "--colour", status=2)
+    assert result.stdout == "" and "--colour" in result.stderr
 
 
 def test_bits_that_agree_are_accepted(hfquant, source):
@@ -133,13 +144,76 @@ def test_eval_measures_what_the_library_measures(hfquant, source, quantized, tex
 
 def test_eval_of_a_model_against_itself_finds_no_difference(hfquant, source, text):
     shown = hfquant("eval", source, "--reference", source, "--data", text, "--sequences", 2, "--length", 32).output
-    assert re.search(r"KL\S* \S* \S*\s+0\.00000", shown) and "100.00%" in shown and widest(shown) <= 100
+    assert re.search(r"^KL.* 0\.00000 ", shown, re.MULTILINE) and "100.00%" in shown and widest(shown) <= 100
+    one = hfquant("eval", source, "--reference", source, "--data", text, "--sequences", 1, "--length", 32).output
+    assert one.count("no interval from one sequence") == 2 and "31 predictions in 1 sequence." in one
 
 
 def test_eval_without_enough_text_says_how_much_there_is(hfquant, source, quantized, text, tmp_path):
     arguments = ("eval", quantized, "--reference", source, "--length", 32)
     assert "sequences" in hfquant(*arguments, "--data", text, "--sequences", 10**6, status=2).stderr
     assert "is not a file" in hfquant(*arguments, "--data", tmp_path / "absent.txt", status=2).stderr
+    (tmp_path / "empty.txt").touch()
+    assert hfquant(*arguments, "--data", tmp_path / "empty.txt", status=2).stderr.endswith("give more text\n")
+
+
+def test_eval_refuses_what_the_models_cannot_do(hfquant, source, quantized, text, tmp_path):
+    arguments = ("eval", quantized, "--data", text, "--sequences", 2)
+    too_long = hfquant(*arguments, "--reference", source, "--length", 10**5, status=2).stderr
+    assert "--length 100000 is more than the" in too_long
+    tiny_model("vit").save_pretrained(tmp_path)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    no_text = hfquant(*arguments, "--reference", tmp_path, "--length", 32, status=2).stderr
+    assert "predicts no next tokens" in no_text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "cuda:99"], ["--device", "nonsense"], ["--dtype", "nonsense"], ["--dtype", "int8"]]
+)
+def test_eval_names_a_dtype_or_device_that_is_not_there(hfquant, source, quantized, text, arguments):
+    shown = hfquant(
+        "eval", quantized, "--reference", source, "--data", text, "--sequences", 2, "--length", 32, *arguments, status=2
+    ).stderr
+    assert shown.startswith("error: the device" if "--device" in arguments else "error: dtype is auto")
+    assert len(shown.splitlines()) == 1
+
+
+def test_a_damaged_file_is_an_error_of_status_1(hfquant, source, quantized, text, tmp_path):
+    shutil.copytree(quantized, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "hfquant.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "is damaged" in hfquant("inspect", tmp_path / "damaged", status=1).stderr
+    sizes = ("--sequences", 2, "--length", 32)
+    arguments = ("eval", tmp_path / "damaged", "--reference", source, "--data", text, *sizes)
+    assert "is damaged" in hfquant(*arguments, status=1).stderr
+
+
+def test_weights_of_other_shapes_than_the_config_says_are_named(hfquant, source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    arguments = ("quantize", tmp_path / "source", "--output", tmp_path / "out")
+    assert "other shapes than its config.json" in hfquant(*arguments, status=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_a_folder_is_named(hfquant, source, quantized, text, tmp_path):
+    for arguments in (["quantize", text, "--dry-run"], ["inspect", text], ["quantize", source, "--output", text]):
+        assert re.search("is a file: name (the|a) folder", hfquant(*arguments, status=2).stderr)
+    below = hfquant("quantize", source, "--output", text / "below", status=2).stderr
+    assert f"lies below the file {text}" in below
+    again = hfquant("inspect", quantized, "--reference", quantized, status=2).stderr
+    assert "give the original model" in again
+
+
+def test_a_failed_file_operation_is_one_message(hfquant, source, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hfquant.api.copy_companions", full)
+    shown = hfquant("quantize", source, "--output", tmp_path / "out", status=1)
+    assert shown.stderr == "error: [Errno 28] No space left on device\n" and list(tmp_path.iterdir()) == []
 
 
 # ---- inspect
@@ -208,5 +282,3 @@ def test_the_process_prints_results_and_errors_where_they_belong(source, tmp_pat
     failed = run("quantize", tmp_path / "absent", "--output", tmp_path / "other")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr == f"error: there is no folder {tmp_path / 'absent'}\n"
-    usage = run("quantize", "--colour")
-    assert usage.returncode == 2 and "--colour" in usage.stderr

@@ -41,6 +41,19 @@ def test_demo_measures_each_method_after_a_reload(hfquant, source, text, tmp_pat
     assert max(map(len, shown.splitlines())) <= 100
 
 
+def test_one_sequence_has_no_interval_and_the_file_is_still_json(hfquant, source, text, tmp_path):
+    sizes = ("--sequences", 1, "--length", 32, "--methods", "int8")
+    hfquant("demo", "--model", source, "--data", text, *sizes, "--json", tmp_path / "one.json")
+    assert json.loads((tmp_path / "one.json").read_text(), parse_constant=pytest.fail)["rows"][1]["fidelity"][
+        "kl_ci"
+    ] == [
+        None,
+        None,
+    ]
+    blocked = hfquant("demo", "--model", source, "--data", text, *sizes, "--json", text / "one.json", status=2).stderr
+    assert "its folder cannot be made" in blocked
+
+
 def test_a_missing_method_stops_the_demo_before_it_starts(hfquant, source, text, monkeypatch):
     monkeypatch.setattr("hfquant.cli.demo.compare", lambda *a: pytest.fail("started"))
     arguments = ("demo", "--model", source, "--data", text)

@@ -35,7 +35,10 @@ def test_progress_needs_a_terminal_and_honours_the_switch(monkeypatch, stream, s
 
 def test_infinite_intervals_become_null(capsys):
     output.print_json({"interval": (float("-inf"), float("inf")), "value": [1.5, None]})
-    assert json.loads(capsys.readouterr().out) == {"interval": [None, None], "value": [1.5, None]}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "interval": [None, None],
+        "value": [1.5, None],
+    }
 
 
 def test_an_error_is_printed_as_it_is(capsys):
