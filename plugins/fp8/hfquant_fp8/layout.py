@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfquant.blocks import row_chunks
 from hfquant.errors import FormatError, SpecError
 from hfquant.grids import FloatGrid, Grid
 from hfquant.layouts import Layout
@@ -27,13 +28,19 @@ class Float8(Layout):
 
     def encode(self, codes: Tensor, grid: Grid) -> Tensor:
         """Float8 numbers [N, K]; zero is +0."""
-        return _float_grid(grid).to_bits(codes).view(DTYPES[grid.name])
+        numbers, patterns = _float_grid(grid), torch.empty_like(codes)
+        for rows in row_chunks((codes.shape[0], codes.shape[1])):  # the arithmetic takes several times the memory
+            patterns[rows] = numbers.to_bits(codes[rows])
+        return patterns.view(DTYPES[grid.name])
 
     def decode(self, stored: Tensor, grid: Grid, count: int) -> Tensor:
         """Codes [N, K] uint8 of float8 numbers. Raises FormatError when they are of another dtype."""
         if stored.dtype != DTYPES[grid.name]:
             raise FormatError(f"codes of {grid.name} weights are stored as {DTYPES[grid.name]}, found {stored.dtype}")
-        return _float_grid(grid).from_bits(stored.view(torch.uint8))
+        numbers, codes = _float_grid(grid), torch.empty_like(stored, dtype=torch.uint8)
+        for rows in row_chunks((stored.shape[0], stored.shape[1])):
+            codes[rows] = numbers.from_bits(stored[rows].view(torch.uint8))
+        return codes
 
 
 def _float_grid(grid: Grid) -> FloatGrid:
