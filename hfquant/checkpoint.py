@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import FormatError
+from .errors import FormatError, SpecError
 from .experts import QExperts
 from .quantize import pack_empty
 from .recipe import Recipe
@@ -58,6 +58,8 @@ def save_native(
     if getattr(model, "_hf_peft_config_loaded", False):
         save(save_directory, push_to_hub=push_to_hub, **kwargs)
         return
+    if (variant := kwargs.pop("variant", None)) is not None:
+        raise SpecError(f"native checkpoints have no variants: save {variant!r} into a folder of its own")
     state = kwargs.pop("state_dict", None)
     if state is not None and (lost := [name for name in _packed_names(model) if name not in state]):
         raise FormatError(

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hfquant import FormatError, HfQuantConfig
+from hfquant import FormatError, HfQuantConfig, SpecError
 from hfquant.testing.fakehub import FakeHub
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
@@ -218,3 +218,9 @@ def test_models_with_experts_are_copied_and_pickled(tmp_path: Path) -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             assert torch.equal(twin(**tiny_inputs(model)).logits, model(**tiny_inputs(model)).logits)
+
+
+def test_variants_are_refused_with_the_way_out(native: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(native)
+    with pytest.raises(SpecError, match="'fp16' into a folder of its own"):
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
