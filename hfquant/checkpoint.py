@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from .coverage import aliases
 from .errors import FormatError, SpecError
 from .experts import QExperts
+from .nn import PackedModule
 from .quantize import pack_empty
 from .recipe import Recipe
 from .spec import SCALE_DTYPES
@@ -27,6 +30,7 @@ from .swap import packed_modules
 INDEX_NAME = "hfquant.safetensors.index.json"
 METHOD_KEY = "hfquant"  # in the header of each weight file
 _VARIANT = "hfquant"
+_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "token")  # go to `push_to_hub` alone
 
 
 def point_to_native_weights(config: Any) -> None:
@@ -66,7 +70,11 @@ def save_native(
             f"state_dict has no {', '.join(lost[:4])}: a quantized model saves its packed tensors. Leave state_dict "
             "out, or gather it from the quantized model itself"
         )
-    hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
+    if state is not None and push_to_hub:
+        raise SpecError("state_dict is saved to the folder only: save it, then upload the folder")
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    if "max_shard_size" in kwargs:
+        hub["max_shard_size"] = kwargs["max_shard_size"]
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     writes = model.should_save_on_this_rank(kwargs.get("is_main_process", True))
@@ -90,8 +98,7 @@ def save_native(
 def _packed_names(model: nn.Module) -> Iterator[str]:
     """Full names of all packed tensors."""
     for name, module in packed_modules(model):
-        leaves = module.packed_names() if isinstance(module, QExperts) else module.spec.names
-        yield from (f"{name}.{leaf}" for leaf in leaves)
+        yield from (f"{name}.{leaf}" for leaf in module.packed_names())
 
 
 def _rename(folder: Path) -> None:
@@ -116,21 +123,37 @@ def _index_of(folder: Path) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, name)}
 
 
-def modules_in(files: Iterable[str], method: str) -> frozenset[str]:
-    """Names of the modules whose tensors are in native weight files.
+def tensors_in(files: Iterable[str], method: str) -> dict[str, set[str]]:
+    """Names of the tensors in native weight files, by the module that owns them.
 
     Raises FormatError if a file was made with another method than `method`: its codes would mean other numbers.
     """
-    names: set[str] = set()
+    names: dict[str, set[str]] = defaultdict(set)
     for path in files:
         with safe_open(path, framework="pt") as file:
             made = (file.metadata() or {}).get(METHOD_KEY, method)
-            names |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118 - not a dict
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                owner, _, leaf = name.rpartition(".")
+                names[owner].add(leaf)
         if made != method:
             raise FormatError(
                 f"{path} was made with {made!r}, config.json says {method!r}: the files do not belong together"
             )
-    return frozenset(names)
+    return names
+
+
+def check_expected(model: PreTrainedModel, held: dict[str, set[str]]) -> None:
+    """Raise FormatError if the files hold a tensor for a packed module that it has no place for.
+
+    transformers would leave it out with a warning, and what it says, such as columns kept in 16 bit, would be lost.
+    """
+    for name, module in packed_modules(model):
+        stored = set().union(*(held.get(alias, ()) for alias in aliases(model, name)))
+        if extra := sorted(stored - module._parameters.keys()):
+            raise FormatError(
+                f"the files hold {', '.join(f'{name}.{leaf}' for leaf in extra)}, which config.json does not account "
+                "for: the files do not belong together"
+            )
 
 
 def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
@@ -167,12 +190,10 @@ def _wrong_dtypes(model: PreTrainedModel) -> Iterator[tuple[str, torch.dtype, to
                     yield f"{name}.{prefix}{leaf}", found, empty.dtype
 
 
-def _incomplete(name: str, module: nn.Module, offloaded: set[str]) -> bool:
+def _incomplete(name: str, module: PackedModule | QExperts, offloaded: set[str]) -> bool:
     """Whether a packed module lacks a tensor, or still waits for a full-precision weight."""
-    parameters = module._parameters
-    waiting = [leaf for leaf in ("weight", "gate_up_proj", "up_proj", "down_proj") if leaf in parameters]
-    held = ((f"{name}.{leaf}", value) for leaf, value in parameters.items() if value is not None)
-    return bool(waiting) or not all(_arrived(full, value, offloaded) for full, value in held)
+    held = ((f"{name}.{leaf}", value) for leaf, value in module._parameters.items() if value is not None)
+    return bool(module.waiting()) or not all(_arrived(full, value, offloaded) for full, value in held)
 
 
 def _arrived(name: str, parameter: nn.Parameter, offloaded: set[str]) -> bool:

@@ -54,6 +54,10 @@ class QExperts(nn.Module):
         """Names of all packed parameters."""
         return [f"{projection}_{name}" for projection, spec in self.specs.items() for name in spec.names]
 
+    def waiting(self) -> list[str]:
+        """Names of the full-precision placeholders that are still held."""
+        return [projection for projection in self.specs if projection in self._parameters]
+
     def qtensor(self, projection: str, expert: int) -> QTensor:
         """One expert's weight as codes and grid parameters."""
         return unpack(self.packed(projection, expert), self.specs[projection])

@@ -18,7 +18,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
 from .backend import load_all
-from .checkpoint import METHOD_KEY, audit, forget_native_weights, modules_in, point_to_native_weights
+from .checkpoint import (
+    METHOD_KEY,
+    audit,
+    check_expected,
+    forget_native_weights,
+    point_to_native_weights,
+    tensors_in,
+)
 from .columns import wants_producers
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
@@ -117,14 +124,15 @@ class HfQuantHfQuantizer(HfQuantizer):
         config = self.quantization_config
         forget_native_weights(model.config)
         skip: Any = config.skipped if self.pre_quantized else config.modules_to_not_convert
-        held = modules_in(checkpoint_files, config.method) if self.pre_quantized and checkpoint_files else frozenset()
-        targets, self.coverage = survey(model, skip, config.embeddings, held)
+        held = tensors_in(checkpoint_files, config.method) if self.pre_quantized and checkpoint_files else {}
+        targets, self.coverage = survey(model, skip, config.embeddings, frozenset(held))
         self._has_experts = any(target.kind == "experts" for target in targets)
         self._producer_std = {} if self.pre_quantized else self._find_producers(model, checkpoint_files, targets)
         if not self.pre_quantized:
             config.skipped = {skip.name: skip.reason for skip in self.coverage.skipped if skip.eligible}
             config.source_dtype = str(dtype or model.dtype).removeprefix("torch.")
         swap_in(model, targets, config.recipe, config.outlier_columns, wait=not self.pre_quantized)
+        check_expected(model, held)
 
     def _find_producers(
         self, model: PreTrainedModel, checkpoint_files: Any, targets: list[Target]
@@ -152,7 +160,7 @@ class HfQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a full-precision parameter is to be packed: its module still waits for it."""
         module, leaf = get_module_from_name(model, param_name)
-        return isinstance(module, PackedModule | QExperts) and leaf in _waiting(module)
+        return isinstance(module, PackedModule | QExperts) and leaf in module.waiting()
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element for `device_map="auto"`: placeholders take none, their packed tensors what they take."""
@@ -182,7 +190,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         audit(model, self.pre_quantized)
         to_local_specs(packed_modules(model))
         for _, module in packed_modules(model):
-            for name in _packed_names(module):
+            for name in module.packed_names():
                 module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         # PEFT's `prepare_model_for_kbit_training` looks for a mark. Those of bitsandbytes (`is_loaded_in_4bit`) have
         # side effects: AdaLora and `num_parameters` ask for that library, IA3 does not merge, scales become float32.
@@ -221,16 +229,6 @@ class HfQuantHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """All layers run through `torch.library` operators; experts choose at run time which of them run."""
         return not self._has_experts
-
-
-def _waiting(module: PackedModule | QExperts) -> list[str]:
-    """Names of the full-precision placeholders that a packed module still holds."""
-    names = ("weight",) if isinstance(module, PackedModule) else tuple(module.specs)
-    return [name for name in names if name in module._parameters]
-
-
-def _packed_names(module: PackedModule | QExperts) -> list[str]:
-    return list(module.spec.names) if isinstance(module, PackedModule) else module.packed_names()
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

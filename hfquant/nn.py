@@ -51,6 +51,14 @@ class PackedModule(nn.Module):
         held = (self._parameters[name] for name in self.spec.names)
         return [value.to_local() if isinstance(value, DTensor) else value for value in held]  # type: ignore[misc]
 
+    def packed_names(self) -> list[str]:
+        """Names of the packed parameters."""
+        return list(self.spec.names)
+
+    def waiting(self) -> list[str]:
+        """Names of the full-precision placeholders that are still held."""
+        return [name for name in ("weight",) if name in self._parameters]
+
     def qtensor(self) -> QTensor:
         """The weight as codes and grid parameters."""
         return unpack(self.packed(), self.spec)
@@ -110,7 +118,10 @@ def packed_aside(module: nn.Module, names: Iterable[str], fn: Callable[[Tensor],
     `.to(bfloat16)` must not round scales, and float8 codes are not numbers to convert.
     """
     held = {name: module._parameters.pop(name) for name in names}
-    yield
+    try:
+        yield
+    finally:  # a move that fails, for want of memory say, must not cost the weights
+        module._parameters.update(held)
     for name, parameter in held.items():
         assert parameter is not None
         moved = fn(parameter.data)

@@ -33,10 +33,15 @@ def swap_in(model: nn.Module, targets: Iterable[Target], recipe: Recipe, outlier
     for target in targets:
         module = model.get_submodule(target.name)
         if target.kind == "experts":
-            _swap_experts(target.name, module, recipe, outliers, wait)
+            kept = {leaf: _kept(model, f"{target.name}.{leaf}", outliers) for leaf in expert_projections(module)}
+            _swap_experts(module, recipe, kept, wait)
         else:
-            count = next((outliers[alias] for alias in aliases(model, target.name) if alias in outliers), 0)
-            _swap_matrix(model, target, module, recipe, count, wait)
+            _swap_matrix(model, target, module, recipe, _kept(model, target.name, outliers), wait)
+
+
+def _kept(model: nn.Module, name: str, outliers: dict[str, int]) -> int:
+    """Number of 16-bit columns recorded for a weight, under any of the names it may have in a checkpoint."""
+    return next((outliers[alias] for alias in aliases(model, name) if alias in outliers), 0)
 
 
 def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recipe, outliers: int, wait: bool) -> None:
@@ -61,7 +66,7 @@ def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recip
     setattr(model.get_submodule(parent), leaf, adopt(new, old))
 
 
-def _swap_experts(name: str, module: nn.Module, recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
+def _swap_experts(module: nn.Module, recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
     projections = expert_projections(module)
     weights = {projection: module._parameters[projection] for projection in projections}
     first = weights[projections[0]]
@@ -71,7 +76,7 @@ def _swap_experts(name: str, module: nn.Module, recipe: Recipe, outliers: dict[s
         assert weight is not None
         count, rows, cols = weight.shape
         shape = (cols, rows) if experts.is_transposed else (rows, cols)
-        packed, spec = pack_empty(shape, recipe, weight.dtype, outliers.get(f"{name}.{projection}", 0))
+        packed, spec = pack_empty(shape, recipe, weight.dtype, outliers[projection])
         experts.hold(projection, {key: t.expand(count, *t.shape) for key, t in packed.items()}, spec)
         if not wait:
             del experts._parameters[projection]

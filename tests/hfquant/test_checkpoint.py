@@ -69,7 +69,7 @@ def test_saving_over_an_older_checkpoint_leaves_no_stale_shards(native: Path) ->
 
 
 ROUND_TRIP = """
-import sys, torch, hfquant
+import os, sys, torch, hfquant
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -78,7 +78,8 @@ if how == "push_to_hub":
     AutoModelForCausalLM.from_pretrained(source).push_to_hub("me/model", max_shard_size=size)
 elif how == "save_and_push":
     model = AutoModelForCausalLM.from_pretrained(source)
-    model.save_pretrained(source + "-out", push_to_hub=True, repo_id="me/model", max_shard_size=size)
+    hub = {"repo_id": "me/model", "token": os.environ.pop("HF_TOKEN")}
+    model.save_pretrained(source + "-out", push_to_hub=True, max_shard_size=size, **hub)
 else:
     model = AutoModelForCausalLM.from_pretrained("me/model")
     ids = torch.arange(1, 14)[None]
@@ -101,6 +102,7 @@ def test_push_to_hub_and_back(native: Path, tmp_path: Path, size: str, how: str)
             assert done.returncode == 0, done.stderr[-3000:]
         files = hub.repos["me/model"].files
     assert "hfquant.safetensors.index.json" in files
+    assert (len([name for name in files if name.endswith(".safetensors")]) > 1) == (size == "40KB")
     assert not [name for name in files if name.startswith("model")]
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
@@ -224,3 +226,16 @@ def test_variants_are_refused_with_the_way_out(native: Path, tmp_path: Path) -> 
     model = LlamaForCausalLM.from_pretrained(native)
     with pytest.raises(SpecError, match="'fp16' into a folder of its own"):
         model.save_pretrained(tmp_path / "variant", variant="fp16")
+
+
+def test_tensors_that_the_config_does_not_account_for_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = HfQuantConfig("llm_int8", threshold=0)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    model.save_pretrained(tmp_path / "native")
+    path = tmp_path / "native" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["quantization_config"]["outlier_columns"]["model.layers.1.mlp.up_proj"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.outlier_index"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "native")

@@ -313,3 +313,14 @@ def test_embedding_ids_outside_the_table_raise(spec, index):
         F.embedding(torch.tensor([index]), torch.zeros(40, 48))
     with pytest.raises(IndexError):
         packed_embedding(SPECS[spec])(torch.tensor([index]))
+
+
+def test_a_move_that_fails_leaves_the_weights_in_place(layer):
+    before = [tensor.clone() for tensor in layer.packed()]
+
+    def out_of_memory(tensor):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(out_of_memory)
+    assert all(torch.equal(now, then) for now, then in zip(layer.packed(), before, strict=True))

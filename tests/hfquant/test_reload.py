@@ -184,3 +184,15 @@ def test_reload_by_a_subclass_finds_a_quantized_head(tmp_path: Path) -> None:
     with torch.no_grad():
         again = Mine.from_pretrained(tmp_path / "saved")(**tiny_inputs(model)).logits
         assert torch.equal(again, quantized(**tiny_inputs(model)).logits)
+
+
+def test_columns_kept_by_experts_are_found_without_the_head(tmp_path: Path) -> None:
+    """They are recorded under the names of the model with its head."""
+    from transformers import AutoModel
+
+    model, quantized = _quantized("mixtral", tmp_path, "llm_int8", threshold=0)
+    quantized.save_pretrained(tmp_path / "saved")
+    inputs = tiny_inputs(model)
+    base = AutoModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).last_hidden_state, quantized.model(**inputs).last_hidden_state)
