@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import processes
+from .calibrate import Settings, Tick
 from .config import HfQuantConfig
 from .coverage import Coverage
 from .errors import SpecError
+from .journal import forget
 from .kernel import KERNELS, declined, forced_kernel
+from .quantize import works_on_blocks
 from .report import REPORT_NAME, PackedWeight, Report, packed_weights, peak_rss_mb, sizes, strict_json, versions
-from .source import copy_companions, load_model, original_config
-from .staging import check_output, staged
+from .source import copy_companions, dtype_named, load_model, original_config, stored_dtype
+from .staging import check_output, partial_folder, put_in_place, staged
+from .streaming import quantize_streamed
 
 
 def quantize(
@@ -29,12 +34,21 @@ def quantize(
     overwrite: bool = False,
     device_map: Any = None,
     revision: str | None = None,
+    resume: bool = True,
+    settings: Settings | None = None,
+    tick: Tick | None = None,
 ) -> Report:
     """Quantize the model `src` (a folder or a Hub repository) into the folder `out`, tokenizer included.
 
     `dtype`: of what stays in floating point, "auto" as stored. `overwrite`: replace a model in `out`. `device_map` and
-    `revision` go to `from_pretrained`. `out` appears whole or not at all. Raises SpecError for an output folder that is
-    not empty, a source that cannot be read, and a method that finds nothing to quantize.
+    `revision` go to `from_pretrained`. `out` appears whole or not at all.
+
+    Methods that calibrate or transform read, quantize and write one block of the model after the other. What is
+    finished is kept beside `out`: the same call goes on where a killed one stopped, and ends with the same bytes;
+    `resume=False` starts over. `settings`: how to calibrate. `tick(what, share)` is called as the work goes on.
+
+    Raises SpecError for an output folder that is not empty, a source that cannot be read, and a method that finds
+    nothing to quantize; CalibrationError for calibration data that cannot be used.
     """
     if not isinstance(config, HfQuantConfig):
         raise SpecError(f'config is an HfQuantConfig, such as HfQuantConfig("int4"), got {config!r}')
@@ -42,6 +56,8 @@ def quantize(
     out = Path(out)
     check_output(out, overwrite, keep=src)
     model_config = original_config(src, revision)
+    if works_on_blocks(config.recipe):
+        return _quantize_blocks(src, config, model_config, out, dtype, revision, resume, settings, tick, started)
     config = copy.deepcopy(config)  # loading notes in it what it found in this model
     options = {"dtype": dtype, "device_map": device_map, "revision": revision}
     model = load_model(src, model_config, quantization_config=config, **options)
@@ -63,6 +79,46 @@ def quantize(
             versions=versions(config.plugins),
         )
         (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
+    return report
+
+
+def _quantize_blocks(
+    src: str | Path,
+    config: HfQuantConfig,
+    model_config: Any,
+    out: Path,
+    dtype: str,
+    revision: str | None,
+    resume: bool,
+    settings: Settings | None,
+    tick: Tick | None,
+    started: float,
+) -> Report:
+    """`quantize` for methods that work on blocks."""
+    config.check_data()
+    config = config.copy()
+    chosen = dtype_named(dtype) or stored_dtype(src, model_config, revision)
+    folder = partial_folder(out)
+    findings, facts = quantize_streamed(src, config, model_config, folder, chosen, revision, resume, settings, tick)
+    report = Report(
+        config.method,
+        config.options,
+        str(src),
+        str(config.source_dtype),
+        **facts,
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=peak_rss_mb(),
+        output=str(out),
+        versions=versions(config.plugins),
+        calibration=config.calibration,
+        blocks=tuple(findings),
+    )
+    if processes.rank() == 0:
+        copy_companions(src, folder, revision)
+        (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
+        put_in_place(folder, out)
+        forget(out)
+    processes.barrier()
     return report
 
 

@@ -15,12 +15,14 @@ from typing import Any
 from .columns import COLUMNS
 from .errors import BackendError
 from .grids import GRIDS, Grid, by_pattern
+from .input_ranges import INPUT_RANGES
 from .kernel import KERNELS, Kernel, choose
 from .layouts import LAYOUTS, Layout
 from .ranges import RANGES
 from .recipe import PRESETS, Preset
 from .rounders import ROUNDERS
 from .tables import Table, on_missing
+from .transforms import TRANSFORMS, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Backend:
     """Everything a plugin brings, as plain data.
 
     `api` is the version of this contract that the plugin was written for. Grids, layouts and kernels carry their own
-    names; ranges, rounders, columns and presets are named here.
+    names; ranges, input ranges, rounders, columns, transforms and presets are named here.
     """
 
     name: str
@@ -42,8 +44,10 @@ class Backend:
     layouts: tuple[Layout, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     ranges: Mapping[str, Any] = field(default_factory=dict)
+    input_ranges: Mapping[str, Any] = field(default_factory=dict)
     rounders: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
     def contributions(self) -> list[tuple[Table, str, Any]]:
@@ -52,8 +56,10 @@ class Backend:
         found: list[tuple[Table, str, Any]] = [(table, item.name, item) for table, items in named for item in items]
         mapped: tuple[tuple[Table, Mapping[str, Any]], ...] = (
             (RANGES, self.ranges),
+            (INPUT_RANGES, self.input_ranges),
             (ROUNDERS, self.rounders),
             (COLUMNS, self.columns),
+            (TRANSFORMS, self.transforms),
             (PRESETS, self.presets),
         )
         return found + [(table, name, item) for table, items in mapped for name, item in items.items()]
@@ -97,7 +103,9 @@ class Plugin:
 
 
 BACKENDS: Table[Backend] = Table("backend")
-TABLES: tuple[Table, ...] = (BACKENDS, GRIDS, LAYOUTS, KERNELS, RANGES, ROUNDERS, COLUMNS, PRESETS)
+TABLES: tuple[Table, ...] = (
+    *(BACKENDS, GRIDS, LAYOUTS, KERNELS, RANGES, INPUT_RANGES, ROUNDERS, COLUMNS, TRANSFORMS, PRESETS),
+)
 
 
 def register(backend: Backend, source: str) -> None:
@@ -138,7 +146,14 @@ def owner_of(backend: Backend, source: str) -> str:
 
 def _problem(table: Table, name: Any, item: Any) -> str | None:
     """Reason why an entry of a backend cannot work, or None."""
-    wanted = {id(BACKENDS): Backend, id(GRIDS): Grid, id(LAYOUTS): Layout, id(KERNELS): Kernel}.get(id(table))
+    types: tuple[tuple[Table, type], ...] = (
+        (BACKENDS, Backend),
+        (GRIDS, Grid),
+        (LAYOUTS, Layout),
+        (KERNELS, Kernel),
+        (TRANSFORMS, Transform),
+    )
+    wanted = next((kind for held, kind in types if held is table), None)
     if not isinstance(name, str) or not name:
         return f"{table.axis} {item!r} has the name {name!r}: names are strings that are not empty"
     if wanted is not None and not isinstance(item, wanted):

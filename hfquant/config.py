@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,24 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backend import provider, require
 from .columns import COLUMNS
-from .errors import FormatError, HfQuantError, SpecError
+from .data import Calibration
+from .errors import CalibrationError, FormatError, HfQuantError, SpecError
 from .grids import GRIDS
+from .input_ranges import INPUT_RANGES
 from .layouts import LAYOUTS
-from .quantize import check_recipe, layout_of
+from .quantize import check_recipe, layout_of, needs_data, works_on_blocks
 from .ranges import RANGES
 from .recipe import PRESETS, Recipe
 from .rounders import ROUNDERS
 from .spec import TensorSpec
 from .tables import Table
+from .transforms import TRANSFORMS
 
 QUANT_METHOD = "hfquant"
 FORMAT_VERSION = 1
-_REQUEST = ("method", "options", "modules_to_not_convert", "embeddings")
-_RESULT = ("plugins", "skipped", "outlier_columns", "source_dtype")
+_REQUEST = ("method", "options", "modules_to_not_convert", "embeddings", "calibration")
+_RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "source_dtype")
+_ADDED: dict[str, Any] = {"rotated": []}  # what checkpoints of earlier versions do not record
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508; in particular no pip option
 
 
@@ -37,9 +41,14 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     `method`: "int4", "nf4", "fp8", "llm_int8", ...: see `hfquant backends`. `modules_to_not_convert`: names or
     patterns of modules to leave alone; None leaves the output embedding alone, [] quantizes it too (tied weights are
-    always left alone). `embeddings`: quantize input embeddings as well. Other keywords are the method's options; see
-    its docstring; their values are numbers, strings, lists and dicts, so that a checkpoint can record them. Raises
-    SpecError for unknown names and options, before anything is loaded.
+    always left alone). `embeddings`: quantize input embeddings as well.
+
+    `data`, for methods that calibrate: the name of a dataset, a text file, a list of texts, of chats, of token tensors
+    or of dicts of model inputs, or "self" for text that the model writes. `samples` of `length` tokens are drawn from
+    it by `seed`, `batch_size` at a time; `packing` joins texts into full samples; `column` and `split` are a dataset's.
+
+    Other keywords are the method's options; see its docstring; their values are numbers, strings, lists and dicts, so
+    that a checkpoint can record them. Raises SpecError for unknown names and options, before anything is loaded.
     """
 
     def __init__(
@@ -48,6 +57,14 @@ class HfQuantConfig(QuantizationConfigMixin):
         *,
         modules_to_not_convert: list[str] | None = None,
         embeddings: bool = False,
+        data: Any = None,
+        samples: int = 128,
+        length: int = 512,
+        batch_size: int = 8,
+        seed: int = 0,
+        column: str | None = None,
+        split: str = "train",
+        packing: bool = True,
         **options: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -56,9 +73,16 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.embeddings = embeddings
         self.recipe = check_recipe(_expand(method, options))
+        self.data = Calibration(data, samples, length, batch_size, seed, column, split, packing)
+        if data is not None and not works_on_blocks(self.recipe):
+            raise SpecError(
+                f"method {method!r} looks at the weights alone and reads no calibration data: leave data out"
+            )
+        self.calibration = self.data.describe()
         self.plugins = _plugins_of(method, self.recipe)
         self.skipped: dict[str, str] | None = None
         self.outlier_columns: dict[str, int] = {}
+        self.rotated: list[str] = []
         self.source_dtype: str | None = None
 
     @classmethod
@@ -91,6 +115,8 @@ class HfQuantConfig(QuantizationConfigMixin):
                 f"the checkpoint has hfquant format {data['format_version']!r}, this version reads {FORMAT_VERSION}: "
                 "update hfquant, or quantize the original model again"
             )
+        data = {"calibration": {"data": None}, **data}
+        data = {**copy.deepcopy(_ADDED), **data}
         if missing := [name for name in (*_REQUEST, *_RESULT, "recipe") if name not in data]:
             raise FormatError(f"config.json: quantization_config has no {', '.join(missing)}: the file was changed")
         _require_plugins(data["plugins"])
@@ -98,12 +124,35 @@ class HfQuantConfig(QuantizationConfigMixin):
         config.quant_method = QUANT_METHOD
         for name in (*_REQUEST, *_RESULT):
             setattr(config, name, data[name])
+        config.data = Calibration()
         try:
             config.recipe = Recipe.from_dict(data["recipe"])
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"config.json: the recipe of quantization_config is damaged: {error!r}") from error
         check_recipe(config.recipe)
         return config
+
+    def copy(self) -> HfQuantConfig:
+        """A copy that loading a model may note its results in; the calibration data is shared."""
+        data, self.data = self.data, Calibration()
+        try:
+            made = copy.deepcopy(self)
+        finally:
+            self.data = data
+        made.data = data
+        return made
+
+    def describe_data(self, batches: Sequence[Any]) -> None:
+        """Note what the model is calibrated on: counts and a hash, never the data."""
+        self.calibration = self.data.describe(batches)
+
+    def check_data(self) -> None:
+        """Raise CalibrationError if the method reads calibration data and there is none."""
+        if needs_data(self.recipe) and self.data.data is None:
+            raise CalibrationError(
+                f"method {self.method!r} needs calibration data: pass data=... (a dataset, a text file, a list of "
+                'texts or of token tensors), or data="self" for text that the model writes itself'
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HfQuantConfig) and self.to_dict() == other.to_dict()
@@ -175,7 +224,8 @@ def _names(modules: list[str] | None) -> list[str] | None:
 def _plugins_of(method: str, recipe: Recipe) -> dict[str, dict[str, str]]:
     """The plugins that a recipe needs, as recorded in checkpoints: name -> distribution and version."""
     used: list[tuple[Table, str]] = [(PRESETS, method), (RANGES, recipe.range.name), (ROUNDERS, recipe.rounder.name)]
-    used += [(COLUMNS, recipe.columns.name), (LAYOUTS, layout_of(recipe))]
+    used += [(COLUMNS, recipe.columns.name), (LAYOUTS, layout_of(recipe)), (INPUT_RANGES, recipe.input_range.name)]
+    used += [(TRANSFORMS, step.name) for step in recipe.transforms]
     used += [(GRIDS, name) for name in _grids(recipe) if name in GRIDS]
     found = [plugin for table, name in used if (plugin := provider(table, name)) is not None]
     return {plugin.name: {"distribution": plugin.distribution, "version": plugin.version} for plugin in found}

@@ -29,5 +29,9 @@ class BackendError(HfQuantError):
     """A plugin that is missing, broken or in conflict; names its distribution and entry point."""
 
 
+class CalibrationError(HfQuantError, ValueError):
+    """Calibration that cannot work: no data, bad data, or a model that overflows on it; names the layer."""
+
+
 class WeightError(HfQuantError, ValueError):
     """A weight that cannot be quantized (NaN or infinite values); names the layer."""

@@ -26,8 +26,48 @@ def expert_projections(module: nn.Module) -> list[str]:
     return names if "down_proj" in names and len(names) > 1 else []
 
 
-class QExperts(nn.Module):
-    """Mixed into the class of an experts module: the same gate, activation and biases over packed weights.
+class RoutedExperts(nn.Module):
+    """Mixed into the class of an experts module: the same gate, activation and biases, one expert after the other.
+
+    A subclass says what a projection is.
+    """
+
+    _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum [T, H] over each token's experts.
+
+        `hidden_states` [T, H], `top_k_index` [T, k] int64, `top_k_weights` [T, k]. Only experts with tokens run.
+        """
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # marks slots that another rank serves
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            y = self._expert(hidden_states[token], expert, token) * top_k_weights[token, slot, None]
+            out = out.index_add(0, token, y.to(out.dtype))
+        return out
+
+    def _expert(self, x: Tensor, expert: int, token: Tensor) -> Tensor:
+        """Output [t, H] of one expert for `x` [t, H], which are the tokens numbered `token` [t]."""
+        if self.has_gate:
+            hidden = self._apply_gate(self._project("gate_up_proj", x, expert, token))
+        else:
+            hidden = self.act_fn(self._project("up_proj", x, expert, token))
+        y = self._project("down_proj", hidden, expert, token)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _bias_of(self, projection: str, expert: int) -> Tensor | None:
+        return getattr(self, f"{projection}_bias")[expert] if self.has_bias else None
+
+
+class QExperts(RoutedExperts):
+    """Mixed into the class of an experts module: the same function over packed weights.
 
     Each projection [E, N, K] is packed expert by expert; its tensors are parameters `<projection>_<name>` with the
     expert as their first axis. Transposed models ([E, K, N]) are packed the usual way round.
@@ -68,31 +108,8 @@ class QExperts(nn.Module):
         stacked = torch.stack([self.qtensor(projection, expert).dequantize(dtype) for expert in range(count)])
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum [T, H] over each token's experts.
-
-        `hidden_states` [T, H], `top_k_index` [T, k] int64, `top_k_weights` [T, k]. Only experts with tokens run.
-        """
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # marks slots that another rank serves
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            y = self._expert(hidden_states[token], expert) * top_k_weights[token, slot, None]
-            out = out.index_add(0, token, y.to(out.dtype))
-        return out
-
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
-        """Output [t, H] of one expert for its tokens `x` [t, H]."""
-        if self.has_gate:
-            hidden = self._apply_gate(self._project("gate_up_proj", x, expert))
-        else:
-            hidden = self.act_fn(self._project("up_proj", x, expert))
-        y = self._project("down_proj", hidden, expert)
-        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
-
-    def _project(self, projection: str, x: Tensor, expert: int) -> Tensor:
-        bias = getattr(self, f"{projection}_bias")[expert] if self.has_bias else None
+    def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
+        bias = self._bias_of(projection, expert)
         return ops.linear(x, self.packed(projection, expert), bias, self.keys[projection])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QExperts:

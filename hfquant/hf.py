@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
 from .backend import load_all
+from .calibrate import Calibration
 from .checkpoint import (
     METHOD_KEY,
     audit,
@@ -29,13 +30,16 @@ from .checkpoint import (
 from .columns import wants_producers
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, Target, survey
+from .data import batches, check, kind_of, stand_in, tokenizer_for
 from .errors import HfQuantError, UnsupportedError
 from .experts import QExperts
+from .findings import BlockFinding
+from .inputs import Batch
 from .native_model import from_native, to_native
 from .nn import PackedModule
 from .pages import release_mapped
 from .parallel import plan_packed, to_local_specs
-from .quantize import check_recipe
+from .quantize import check_recipe, works_on_blocks
 from .stats import Stats
 from .swap import packed_modules, quantize_into, swap_in, swap_out
 
@@ -104,12 +108,19 @@ class HfQuantHfQuantizer(HfQuantizer):
     quantization_config: HfQuantConfig
     coverage: Coverage | None = None
     state_to_save: dict[str, Tensor] | None = None
+    findings: list[BlockFinding] | None = None
+    _on_blocks = False
+    _batches: list[Batch] | None = None
+    _tokenizer: Any = None
     _has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is loaded; bring in every plugin, as any may have a kernel."""
         load_all()
         check_recipe(self.quantization_config.recipe)
+        self._on_blocks = not self.pre_quantized and works_on_blocks(self.quantization_config.recipe)
+        if self._on_blocks:
+            self.quantization_config.check_data()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Last look at the model's config before files are resolved: native weights have a name of their own."""
@@ -131,8 +142,37 @@ class HfQuantHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             config.skipped = {skip.name: skip.reason for skip in self.coverage.skipped if skip.eligible}
             config.source_dtype = str(dtype or model.dtype).removeprefix("torch.")
-        swap_in(model, targets, config.recipe, config.outlier_columns, wait=not self.pre_quantized)
+        if self._on_blocks:
+            self._targets = targets
+            self._prepare_data(model.config)
+            return
+        swap_in(model, targets, config.recipe, config.outlier_columns, not self.pre_quantized, config.rotated)
         check_expected(model, held)
+
+    def _prepare_data(self, config: Any) -> None:
+        """Read the calibration data before the weights; a model that writes its own has to be there first."""
+        data = self.quantization_config.data
+        if data.data is None:
+            return
+        with torch.device("cpu"):  # the loader makes everything on meta meanwhile
+            self._tokenizer = tokenizer_for(data, config.name_or_path)
+            check(data, self._tokenizer, config)
+            self._batches = None if kind_of(data.data) == "self" else batches(data, self._tokenizer, config)
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        """Quantize the loaded model block by block."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UnsupportedError(
+                "calibration while loading needs the whole model in memory, and parts of it are offloaded: use "
+                "hfquant.quantize (or `hfquant quantize`), which holds one block at a time"
+            )
+        config = self.quantization_config
+        if config.data.data is None:
+            found = stand_in(model.config)
+        else:
+            found = self._batches or batches(config.data, self._tokenizer, model.config, model)
+            config.describe_data(found)
+        self.findings = Calibration(model, self._targets, config, found).run()
 
     def _find_producers(
         self, model: PreTrainedModel, checkpoint_files: Any, targets: list[Target]
@@ -188,6 +228,8 @@ class HfQuantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check that every weight arrived, freeze packed tensors, and make saving write a native checkpoint."""
         audit(model, self.pre_quantized)
+        if self._on_blocks:
+            self._calibrate(model)
         to_local_specs(packed_modules(model))
         for _, module in packed_modules(model):
             for name in module.packed_names():

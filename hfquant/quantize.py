@@ -14,16 +14,19 @@ from .blocks import row_chunks
 from .codebooks import FittedGrid
 from .columns import COLUMNS, take_outliers
 from .errors import SpecError, WeightError
-from .layouts import LAYOUTS, default_layout, empty_qtensor, packed_spec
-from .qtensor import QTensor
+from .hadamard import hadamard
+from .input_ranges import INPUT_RANGES, try_out
+from .layouts import LAYOUTS, default_layout, empty_inputs, empty_qtensor, pack_inputs, packed_spec
+from .qtensor import InputParams, QTensor
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .rounders import ROUNDERS
 from .spec import PackedSpec, TensorSpec
-from .stats import Stats
+from .stats import HISTOGRAM, Stats, needs_of
 from .tables import Table
+from .transforms import TRANSFORMS, Transform
 
-_REFERENCE_POSITIONAL = {"range": 3, "rounder": 4, "columns": 3}
+_REFERENCE_POSITIONAL = {"range": 3, "input range": 3, "rounder": 4, "columns": 3, "transform": 1}
 
 
 def check_recipe(recipe: Recipe) -> Recipe:
@@ -34,9 +37,14 @@ def check_recipe(recipe: Recipe) -> Recipe:
     _check_scale(spec)
     if recipe.scheme.input is not None:
         recipe.scheme.input.tensor.numbers()
+    _check_step(INPUT_RANGES, recipe.input_range)
+    if recipe.scheme.input is not None and not recipe.scheme.input.dynamic:
+        try_out(recipe.input_range.name, recipe.scheme.input.tensor, recipe.input_range.options)
     _check_step(RANGES, recipe.range)
     _check_step(ROUNDERS, recipe.rounder)
     _check_step(COLUMNS, recipe.columns)
+    for transform in recipe.transforms:
+        _check_step(TRANSFORMS, transform)
     if reason := LAYOUTS.get(layout_of(recipe)).why_not(spec):
         raise SpecError(f"layout {layout_of(recipe)!r} cannot store {spec.grid}: {reason}")
     return recipe
@@ -52,7 +60,8 @@ def _check_scale(spec: TensorSpec) -> None:
 
 def _check_step(table: Table, step: Step) -> None:
     """Refuse options that the function does not take, and values that are no numbers where it takes numbers."""
-    parameters = inspect.signature(table.get(step.name)).parameters
+    found = table.get(step.name)
+    parameters = inspect.signature(found.block if isinstance(found, Transform) else found).parameters
     names = list(parameters)[_REFERENCE_POSITIONAL[table.axis] :]
     for option, value in step.options.items():
         if option not in names:
@@ -61,6 +70,24 @@ def _check_step(table: Table, step: Step) -> None:
         default = parameters[option].default
         if type(default) in (int, float) and not isinstance(value, int | float):
             raise SpecError(f"{table.axis} {step.name!r}: option {option!r} is a number like {default}, got {value!r}")
+
+
+def needs(recipe: Recipe) -> frozenset[str]:
+    """The calibration statistics that a recipe's stages read; none for a recipe that works on weights alone."""
+    steps = ((RANGES, recipe.range), (ROUNDERS, recipe.rounder), (COLUMNS, recipe.columns))
+    found = frozenset().union(*(needs_of(table.get(step.name), step.options) for table, step in steps))
+    given = recipe.scheme.input
+    return found | {HISTOGRAM} if given is not None and not given.dynamic else found
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a recipe has to see what the model's inputs look like."""
+    return bool(needs(recipe) or any(TRANSFORMS.get(step.name).needs for step in recipe.transforms))
+
+
+def works_on_blocks(recipe: Recipe) -> bool:
+    """Whether a recipe has to see the model run, block by block, instead of one weight at a time."""
+    return bool(recipe.transforms or needs(recipe))
 
 
 def layout_of(recipe: Recipe) -> str:
@@ -73,20 +100,25 @@ def choose_columns(w: Tensor, recipe: Recipe, stats: Stats) -> Tensor:
     return COLUMNS.get(recipe.columns.name)(w, recipe.scheme.weight, stats, **recipe.columns.options)
 
 
-def quantize_linear(w: Tensor, recipe: Recipe, stats: Stats | None = None, columns: Tensor | None = None) -> QTensor:
+def quantize_linear(
+    w: Tensor, recipe: Recipe, stats: Stats | None = None, columns: Tensor | None = None, rotated: bool = False
+) -> QTensor:
     """Quantize a weight [N, K] of a floating dtype by a recipe; a pure function.
 
-    `columns` [k] int64: the 16-bit columns, None to choose them by the recipe.
+    `columns` [k] int64: the 16-bit columns, None to choose them by the recipe. `rotated`: quantize it in the Hadamard
+    basis of its input, in which `stats` and `columns` are meant too.
     Raises WeightError when the weight holds NaN or infinite values, naming the layer in `stats`.
     """
     stats = stats or Stats()
     check_finite(w, stats.name)
-    spec = recipe.scheme.weight
-    body, outliers = take_outliers(w, choose_columns(w, recipe, stats) if columns is None else columns)
+    spec, kept_in = recipe.scheme.weight, w.dtype
+    w = hadamard(w) if rotated else w
+    columns = choose_columns(w, recipe, stats) if columns is None else columns
+    body, outliers = take_outliers(w, columns, kept_in)
     find: Callable = partial(RANGES.get(recipe.range.name), **recipe.range.options)
     rounder = ROUNDERS.get(recipe.rounder.name)
     q = rounder(body, find(body, spec, stats), find, stats, **recipe.rounder.options)
-    return replace(q, outliers=outliers)
+    return replace(q, outliers=outliers, rotated=rotated)
 
 
 def check_finite(w: Tensor, name: str) -> None:
@@ -99,18 +131,19 @@ def check_finite(w: Tensor, name: str) -> None:
         )
 
 
-def pack(q: QTensor, recipe: Recipe) -> tuple[dict[str, Tensor], PackedSpec]:
-    """Stored tensors of a quantized weight, and their description for kernels."""
+def pack(q: QTensor, recipe: Recipe, inputs: InputParams | None = None) -> tuple[dict[str, Tensor], PackedSpec]:
+    """Stored tensors of a quantized weight, and their description for kernels; `inputs`: range of a static input."""
     layout = layout_of(recipe)
-    packed = LAYOUTS.get(layout).pack(q)
-    return packed, packed_spec(packed, layout, q.shape, recipe.scheme)
+    packed = LAYOUTS.get(layout).pack(q) | pack_inputs(inputs, recipe.scheme)
+    return packed, packed_spec(packed, layout, q.shape, recipe.scheme, q.rotated)
 
 
 def pack_empty(
-    shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype, outliers: int = 0
+    shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype, outliers: int = 0, rotated: bool = False
 ) -> tuple[dict[str, Tensor], PackedSpec]:
     """What `pack` will give for a weight of `shape` [N, K]: tensors on the meta device, and their description."""
-    return pack(empty_qtensor(shape, recipe.scheme.weight, dtype, outliers), recipe)
+    empty = replace(empty_qtensor(shape, recipe.scheme.weight, dtype, outliers), rotated=rotated)
+    return pack(empty, recipe, empty_inputs(recipe.scheme))
 
 
 def bits_per_weight(packed: dict[str, Tensor], shape: tuple[int, int]) -> float:

@@ -33,7 +33,8 @@ class Recipe:
     """How a weight becomes codes.
 
     `scheme`: the numbers. `range`: grid parameters of each block. `rounder`: the codes. `columns`: input columns kept
-    in 16 bit. `layout`: stored form, None for the densest one of the core.
+    in 16 bit. `layout`: stored form, None for the densest one of the core. `transforms`: rewrites of the model that
+    leave its function as it is, in order. `input_range`: how static ranges of inputs are found.
     """
 
     scheme: Scheme
@@ -41,6 +42,8 @@ class Recipe:
     rounder: Step = Step("nearest")
     columns: Step = Step("none")
     layout: str | None = None
+    transforms: tuple[Step, ...] = ()
+    input_range: Step = Step("absmax")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -50,13 +53,17 @@ class Recipe:
             "rounder": self.rounder.to_dict(),
             "columns": self.columns.to_dict(),
             "layout": self.layout,
+            "transforms": [step.to_dict() for step in self.transforms],
+            "input_range": self.input_range.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`."""
         steps = {axis: Step.from_dict(data[axis]) for axis in ("range", "rounder", "columns")}
-        return cls(Scheme.from_dict(data["scheme"]), layout=data["layout"], **steps)
+        steps["input_range"] = Step.from_dict(data.get("input_range", {"name": "absmax"}))
+        transforms = tuple(Step.from_dict(step) for step in data.get("transforms", ()))
+        return cls(Scheme.from_dict(data["scheme"]), layout=data["layout"], transforms=transforms, **steps)
 
 
 Preset = Callable[..., Recipe]

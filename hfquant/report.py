@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .coverage import Coverage
 from .experts import QExperts
+from .findings import BlockFinding
 from .nn import PackedModule
 from .spec import PackedSpec
 from .swap import packed_modules
@@ -97,7 +98,8 @@ class Report:
 
     Megabytes are 10^6 bytes of parameters. `bits_per_weight` counts everything stored for the quantized weights.
     `seconds`: loading, quantizing and saving together. `peak_rss_mb`: largest resident memory of the process so far,
-    None where the system does not tell.
+    None where the system does not tell. `calibration`: what the method looked at. `blocks`: what it found there.
+    `estimate`: in a preview, what calibrating is going to take.
     """
 
     method: str
@@ -112,10 +114,15 @@ class Report:
     peak_rss_mb: float | None = None
     output: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    blocks: tuple[BlockFinding, ...] = ()
+    estimate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**vars(self), "coverage": self.coverage.to_dict()}
+        plain = {name: value for name, value in vars(self).items() if name != "estimate" or value is not None}
+        blocks = [block.to_dict() for block in self.blocks]
+        return {**plain, "coverage": self.coverage.to_dict(), "blocks": blocks}
 
 
 def sizes(model: nn.Module, coverage: Coverage) -> dict[str, Any]:

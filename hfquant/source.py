@@ -28,6 +28,7 @@ COMPANIONS = (
     "chat_template*",
     "*processor_config.json",
     "LICENSE*",
+    "generation_config.json",
 )
 
 

@@ -46,11 +46,20 @@ def staged(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    new, old = out.with_name(f".{out.name}.new-{mark}"), out.with_name(f".{out.name}.old-{mark}")
+    new = out.with_name(f".{out.name}.new-{uuid.uuid4().hex[:8]}")
     new.mkdir()
     try:
         yield new
+        put_in_place(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def put_in_place(new: Path, out: Path) -> None:
+    """Let the finished folder `new` take the place of `out`, which stays as it was if that fails."""
+    out = Path(os.path.abspath(out))
+    old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex[:8]}")
+    try:
         if out.exists():
             out.rename(old)
         new.rename(out)
@@ -59,5 +68,10 @@ def staged(out: Path) -> Iterator[Path]:
             old.rename(out)
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a run that can be resumed keeps what is finished, beside the folder `out` that it is going to be."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(f".{out.name}.partial")

@@ -1,10 +1,157 @@
-"""What is known about a layer besides its weight when it is quantized."""
+"""What is known about a layer besides its weight when it is quantized: above all, what its inputs look like."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+from .errors import CalibrationError
+from .histogram import Histogram
+
+CHANNELS, HISTOGRAM, HESSIAN, DRIFT = "channels", "histogram", "hessian", "drift"
+NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT)
+
+_ROWS = 1 << 12  # tokens worked on at once
+_COLUMNS = 1 << 10  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
+
+_SAMPLE, _SAMPLE_EACH = 256, 64  # tokens kept of all, and of those that are added at once
+
+F = TypeVar("F", bound=Callable)
+
+
+def needs(*what: str) -> Callable[[F], F]:
+    """Mark a stage's function with the statistics it reads: some of `NEEDS`."""
+    assert set(what) <= set(NEEDS)
+
+    def mark(fn: F) -> F:
+        vars(fn)["needs"] = frozenset(what)
+        return fn
+
+    return mark
+
+
+def needs_of(fn: Callable, options: dict[str, Any]) -> frozenset[str]:
+    """The statistics that a stage's function was marked with; a mark may be a function of the stage's options."""
+    found: Any = getattr(fn, "needs", frozenset())
+    return frozenset(found(options) if callable(found) else found)
+
+
+class InputStats:
+    """Statistics of the tokens x [K] that a layer sees, accumulated over batches.
+
+    `tokens`: how many. `absmax` [K] float32: largest |x|. `abs_sum`, `square_sum` [K] float64. `gram` [K, K] float64:
+    sum of x x^T, half of the usual Hessian of a layer's squared output error, times the tokens. `drift` [K, K] float64:
+    sum of (x' - x) x^T with x' the input that the original model sees in the same place. `histogram`: of all values.
+    `sample` [S, K] float32: some of the tokens, to look at errors with. `memo`: results that stages derive from all
+    this, for the other layers that read the same input.
+
+    Sums are float64 so that the order of batches, and how they were shared out among processes, leaves no trace in the
+    codes that follow from them.
+    """
+
+    def __init__(self, features: int, needs: frozenset[str] = frozenset(), name: str = "input") -> None:
+        self.features, self.needs, self.name = features, needs, name
+        self.tokens = 0
+        self.absmax = torch.zeros(features)
+        self.abs_sum = torch.zeros(features, dtype=torch.float64)
+        self.square_sum = torch.zeros(features, dtype=torch.float64)
+        self.gram = torch.zeros(features, features, dtype=torch.float64) if HESSIAN in needs else None
+        self.drift = torch.zeros(features, features, dtype=torch.float64) if DRIFT in needs else None
+        self.histogram = Histogram(name) if HISTOGRAM in needs else None
+        self.sample = torch.zeros(0, features)
+        self.memo: dict[Any, Any] = {}
+
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Count the tokens `x` [T, K]; `original` [T, K] is what the original model sees there, for `drift`.
+
+        Raises CalibrationError for NaN or infinite values, naming the layer.
+        """
+        for start in range(0, x.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add(x[rows].float(), None if original is None else original[rows].float())
+
+    def _add(self, x: Tensor, original: Tensor | None) -> None:
+        magnitude = x.abs()
+        peak = magnitude.amax(0)
+        if not torch.isfinite(peak).all():
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise CalibrationError(
+                f"the input of {self.name} is NaN or infinite for {bad} of {x.shape[0]} tokens: the model overflows on "
+                "this data. Load it in bfloat16 or float32 (dtype=...), or look at the data"
+            )
+        self.memo.clear()
+        if (room := _SAMPLE - self.sample.shape[0]) > 0:
+            chosen = x[:: max(1, x.shape[0] // _SAMPLE_EACH)][: min(room, _SAMPLE_EACH)]
+            self.sample = torch.cat([self.sample, chosen.to(self.sample.device)])
+        self.tokens += x.shape[0]
+        self.absmax = torch.maximum(self.absmax, peak.to(self.absmax.device))
+        self.abs_sum += magnitude.sum(0, dtype=torch.float64).to(self.abs_sum.device)
+        self.square_sum += magnitude.square_().sum(0, dtype=torch.float64).to(self.square_sum.device)
+        if self.histogram is not None:
+            self.histogram.add(x)
+        if self.gram is not None:
+            _add_gram(self.gram, x)
+        if self.drift is not None:
+            assert original is not None
+            self.drift += ((original - x).T @ x).to(self.drift.device)
+
+    def merge(self, other: InputStats) -> None:
+        """Count the tokens of `other` too, as if they had been added here."""
+        self.tokens += other.tokens
+        self.absmax = torch.maximum(self.absmax, other.absmax)
+        for name in ("abs_sum", "square_sum", "gram", "drift"):
+            mine, more = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine += more
+        if self.histogram is not None and other.histogram is not None:
+            self.histogram.merge(other.histogram)
+
+    def select(self, columns: Tensor) -> InputStats:
+        """The statistics of some input columns [k] int64, as if the layer had no others."""
+        part = InputStats(columns.numel(), frozenset(), self.name)
+        part.needs, part.tokens = self.needs, self.tokens
+        part.sample = self.sample[:, columns]
+        for name in ("absmax", "abs_sum", "square_sum"):
+            setattr(part, name, getattr(self, name)[columns])
+        for name in ("gram", "drift"):
+            matrix = getattr(self, name)
+            setattr(part, name, None if matrix is None else matrix[columns][:, columns])
+        return part
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean of |x| over the tokens, [K] float32."""
+        return (self.abs_sum / max(self.tokens, 1)).float()
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean of x^2 over the tokens, [K] float32."""
+        return (self.square_sum / max(self.tokens, 1)).float()
+
+    def tensors(self) -> list[tuple[Tensor, str]]:
+        """Every accumulator with the way it merges, "sum" or "max": for an all-reduce among processes."""
+        sums = [self.abs_sum, self.square_sum, self.gram, self.drift]
+        return [(self.absmax, "max"), *((tensor, "sum") for tensor in sums if tensor is not None)]
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x [K, K] to `gram` block by block; a block below the diagonal is its mirror image, bit for bit."""
+    width = x.shape[1]
+    for top in range(0, width, _COLUMNS):
+        rows = slice(top, top + _COLUMNS)
+        left = x[:, rows].T.contiguous()
+        for start in range(top, width, _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            block = (left @ x[:, columns]).to(gram.device, gram.dtype)
+            if start == top:
+                block = (block + block.T) / 2
+            gram[rows, columns] += block
+            if start > top:
+                gram[columns, rows] += block.T
 
 
 @dataclass(frozen=True)
@@ -12,8 +159,28 @@ class Stats:
     """Facts about one layer.
 
     `name`: the layer's name in the model, for messages. `producer_std` [K] float32: standard deviation of the weights
-    that produce each input feature, for proxy outliers.
+    that produce each input feature, for proxy outliers. `inputs`: what calibration saw, None without calibration.
+    `log`: what a stage wants the report to say, such as a remedy it had to take; every stage of a layer shares it.
     """
 
     name: str = "weight"
     producer_std: Tensor | None = None
+    inputs: InputStats | None = None
+    log: list[str] | None = None
+
+    def note(self, message: str) -> None:
+        """Leave a remark for the report."""
+        if self.log is not None:
+            self.log.append(message)
+
+    def columns(self, index: Tensor) -> Stats:
+        """The same layer as if it had only the input columns `index` [k] int64."""
+        inputs = None if self.inputs is None else self.inputs.select(index)
+        spread = None if self.producer_std is None else self.producer_std[index]
+        return replace(self, inputs=inputs, producer_std=spread)
+
+    def seen(self, what: str) -> InputStats:
+        """The calibration statistics, which hold `what` of `NEEDS`. Raises CalibrationError if there are none."""
+        if self.inputs is None or (what in (HESSIAN, DRIFT) and what not in self.inputs.needs):
+            raise CalibrationError(f"{self.name} needs calibration data ({what}): pass data=..., or data='self'")
+        return self.inputs

@@ -1,0 +1,184 @@
+"""The quantization of one block: statistics, codes, and packed modules, one group of its layers after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import processes
+from .calibration_state import OUTSIDE, State
+from .errors import UnsupportedError
+from .findings import LayerFinding
+from .hidden import HiddenStates
+from .layer import Pieces, quantize_matrix
+from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
+from .stats import CHANNELS, DRIFT, HESSIAN, InputStats
+
+_STATISTICS = 1 << 31  # bytes of statistics of experts that are gathered in one pass
+
+
+class BlockQuantizer:
+    """The quantization of one block."""
+
+    def __init__(self, run: State, index: int, name: str, block: nn.Module) -> None:
+        self.run, self.index, self.name, self.block = run, index, name, block
+        self.groups = trace(name, block, run.targets, lambda: self.forward(0))
+        self.twin: Twin | None = None
+        self.closing: list[Callable[[], None]] = []
+
+    def forward(self, number: int) -> Tensor:
+        """Run the block on a batch of the quantized model's hidden states."""
+        hidden, call = self.run.quantized[number], self.run.calls[number][self.index]
+        dtype = next(self.block.parameters()).dtype
+        if hidden.dtype != dtype:  # while transforms work in float32
+            hidden, call = hidden.to(dtype), call.to(dtype)
+        return call.run(self.block, hidden)
+
+    def numbers(self) -> range:
+        """Numbers of the batches."""
+        return range(len(self.run.batches))
+
+    def follow_original(self, before: HiddenStates, basis: Tensor | None) -> None:
+        """Let a copy of the block run on the original model's hidden states, for `drift`."""
+        self.twin = Twin(self, before, basis)
+
+    def gather(self, groups: list[Group], what: frozenset[str]) -> None:
+        """Fill the statistics of `groups` from all batches of all processes."""
+        for group in groups:
+            group.stats = InputStats(group.features, what, group.name)
+        for number in self.numbers():
+            originals = {} if self.twin is None or DRIFT not in what else self.twin.inputs(number, groups)
+
+            def seen(group: Group, x: Tensor) -> None:
+                assert group.stats is not None
+                group.stats.add(group.basis(x), originals.get(group.name))  # noqa: B023
+
+            with suppress(Enough), watch(groups, seen, lambda: self.run.masks[number], stop=True):  # noqa: B023
+                self.forward(number)
+        for group in groups:
+            assert group.stats is not None
+            processes.merge(group.stats)
+
+    def quantize(self, progress: Callable[[float], None]) -> list[LayerFinding]:
+        """Quantize every target of the block and put packed modules in their places."""
+        stages = list(_stages([group for group in self.groups if group.targets], self.run))
+        pieces: dict[str, dict[str, list[Pieces]]] = {}
+        findings = []
+        for done, stage in enumerate(stages):
+            progress((done + 0.5) / (len(stages) + 1))
+            self.gather(stage, self.run.needs | {CHANNELS})
+            for group in stage:
+                for made in self._quantize_group(group):
+                    owner, leaf = _place(made.matrix)
+                    pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
+                    findings.append(made.finding)
+                group.stats = None
+        for made in self._never_called(pieces):
+            owner, leaf = _place(made.matrix)
+            pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
+            findings.append(made.finding)
+        for close in self.closing:
+            close()
+        for owner, leaves in pieces.items():
+            self.run.swap(owner, leaves)
+        return findings
+
+    def _never_called(self, done: Collection[str]) -> Iterator[Pieces]:
+        """Targets that no batch reached: they are rounded to nearest."""
+        inside = f"{self.name}." if self.name else ""
+        for name in self.run.targets:
+            mine = name.startswith(inside) and not (self.name == OUTSIDE and self.run.is_inside(name))
+            if mine and name not in done and self.run.targets[name].kind != "embedding":
+                module = self.run.model.get_submodule(name)
+                for matrix in find_matrices(name, module, self.run.targets):
+                    yield quantize_matrix(matrix, self.run.recipe, None, self.run.settings.min_tokens)
+
+    def _quantize_group(self, group: Group) -> Iterator[Pieces]:
+        for number, matrix in enumerate(group.targets):
+            owner = number % processes.world()
+            settings = self.run.settings
+            made = quantize_matrix(matrix, self.run.recipe, group.stats, settings.min_tokens, group.rotated, owner)
+            self.closing.append(made.stand_in())
+            yield made
+
+
+class OutsideQuantizer(BlockQuantizer):
+    """The same for what is not in a block: the model runs, stubs give the last block's output."""
+
+    def __init__(self, run: State, running: list[int]) -> None:
+        self.running = running
+        super().__init__(run, -1, OUTSIDE, run.model)
+
+    def forward(self, number: int) -> Any:
+        """Run the model on a batch."""
+        self.running[0] = number
+        return self.block(**self.run.batches[number])
+
+
+class Twin:
+    """A copy of a block before it is quantized, run on the original model's hidden states."""
+
+    def __init__(self, work: BlockQuantizer, before: HiddenStates, basis: Tensor | None) -> None:
+        self.work, self.before, self.basis = work, before, basis
+        self.block = copy.deepcopy(work.block)
+        self.groups = {
+            group.name: group for group in trace(work.name, self.block, work.run.targets, lambda: self._forward(0))
+        }
+
+    def _forward(self, number: int) -> None:
+        hidden = self.before[number]
+        moved = hidden if self.basis is None else (hidden.float() @ self.basis.to(torch.float32)).to(hidden.dtype)
+        self.work.run.calls[number][self.work.index].run(self.block, moved)
+
+    def inputs(self, number: int, groups: list[Group]) -> dict[str, Tensor]:
+        """The inputs [T, K] of the copies of `groups`, by their names."""
+        found: dict[str, Tensor] = {}
+
+        def seen(group: Group, x: Tensor) -> None:
+            found[group.name] = group.basis(x)
+
+        twins = [self.groups[group.name] for group in groups]
+        for twin, group in zip(twins, groups, strict=True):
+            if twin.matrices[0].expert is not None:
+                raise UnsupportedError(
+                    f"{group.name}: the original model may send other tokens to an expert, so that the drift of its "
+                    "inputs is not defined: set gptaq=0"
+                )
+            twin.rotated = group.rotated
+        with watch(twins, seen, lambda: self.work.run.masks[number], stop=True), suppress(Enough):
+            self._forward(number)
+        return found
+
+
+def _stages(groups: list[Group], run: State) -> Iterator[list[Group]]:
+    """Groups whose statistics are gathered in one pass: one after the other, or all of a block at once.
+
+    The experts of a layer go together, as far as their statistics fit into memory.
+    """
+    stage: list[Group] = []
+    for group in groups:
+        if stage and not _together(stage, group, run):
+            yield stage
+            stage = []
+        stage.append(group)
+    if stage:
+        yield stage
+
+
+def _together(stage: list[Group], group: Group, run: State) -> bool:
+    first, new = stage[0].matrices[0], group.matrices[0]
+    experts = first.module is new.module and first.parameter == new.parameter
+    if run.settings.sequential and not experts:
+        return False
+    size = 8 * group.features**2 if HESSIAN in run.needs else 0
+    return first.expert is None or size * (len(stage) + 1) <= _STATISTICS
+
+
+def _place(matrix: Matrix) -> tuple[str, str]:
+    """Name of the module that owns a matrix, and of the parameter."""
+    return (matrix.name if matrix.expert is None else matrix.name.rpartition(".")[0]), matrix.parameter

@@ -1,0 +1,270 @@
+"""Calibrated quantization of a model, block by block: statistics, transforms, ranges, codes, then on with what the
+quantized block makes of its inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import processes
+from .blockquantizer import BlockQuantizer, OutsideQuantizer
+from .blockview import BlockView, outside_view
+from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store, Tick
+from .chain import Call, calls, find_chain, first_call, no_cache, stubs
+from .config import HfQuantConfig
+from .coverage import Target
+from .errors import SpecError, UnsupportedError
+from .findings import BlockFinding, LayerFinding
+from .hidden import HiddenStates
+from .layer import quantize_matrix
+from .matrices import Matrix
+from .recipe import Recipe
+from .stats import DRIFT
+from .transforms import TRANSFORMS
+
+_PROBE = (2, 32)  # samples and tokens of the probe that transforms are verified on
+
+
+class Calibration:
+    """One run over a model. `run` quantizes `targets` in place and returns what it found, block by block."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: Sequence[Target],
+        config: HfQuantConfig,
+        batches: Sequence[Batch],
+        store: Store | None = None,
+        settings: Settings | None = None,
+        tick: Tick | None = None,
+    ) -> None:
+        folder = settings.offload if settings is not None else None
+        self.state = State(
+            model,
+            config,
+            find_chain(model),
+            {target.name: target for target in targets},
+            list(batches)[processes.rank() :: processes.world()],
+            settings or Settings(),
+            HiddenStates(folder / "original" if folder else None),
+            HiddenStates(folder / "quantized" if folder else None),
+        )
+        self.store: Store = store or InMemory()
+        self.tick = tick or (lambda what, share: None)
+        _check(config.recipe, targets)
+
+    @torch.no_grad()
+    def run(self) -> list[BlockFinding]:
+        """Quantize everything."""
+        modes = {module: module.training for module in self.state.model.modules()}
+        self.state.model.eval()
+        try:
+            with no_cache(self.state.model):
+                return list(self._run())
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _run(self) -> Iterator[BlockFinding]:
+        names = self.state.chain.names()
+        self.store.load(OUTSIDE)
+        self._start(names[0])
+        if not self.store.keeps:
+            self.store.free(OUTSIDE)
+        for index, name in enumerate(names):
+            self._progress(name, index, 0.0)
+            yield self._block(index, name)
+        yield self._outside()
+
+    def _progress(self, what: str, index: int, part: float) -> None:
+        self.tick(what, (index + part) / (len(self.state.chain.holder) + 1))
+
+    # The way into the first block.
+
+    def _start(self, first: str) -> None:
+        """Note how every block is called for every batch, and the hidden states that enter the first one."""
+        state = self.state
+        self.store.load(first)
+        probe = _head(self.state.batches[0])
+        call, hidden = first_call(self.state.model, self.state.chain, probe)
+        self.state.tupled = isinstance(call.output(self.state.chain.holder[0], hidden), tuple)
+        for number, batch in enumerate(self.state.batches):
+            found, self.state.original[number] = calls(self.state.model, self.state.chain, batch, self.state.tupled)
+            self.state.calls.append(found)
+        self.probe_calls, self.probe = calls(self.state.model, self.state.chain, probe, self.state.tupled)
+        self.state.masks = [_mask(batch) for batch in self.state.batches]
+        self._transform_outside()  # only now: the original hidden states are the original model's
+        for number, batch in enumerate(state.batches):
+            again = state.recipe.transforms  # they may have changed the embeddings
+            entering = calls(state.model, state.chain, batch, state.tupled)[1] if again else state.original[number]
+            state.quantized[number] = entering
+
+    def _transform_outside(self) -> None:
+        self.outside_notes.clear()
+        for step in self.state.recipe.transforms:
+            outside = TRANSFORMS.get(step.name).outside
+            if outside is not None:
+                view = outside_view(self.state.model, self.state.chain, _head(self.state.batches[0]), self.state.tupled)
+                view.shared = self.state.shared
+                outside(view, **step.options)
+                self.outside_notes.extend(view.notes)
+
+    @property
+    def outside_notes(self) -> list[str]:
+        """Remarks of transforms about what is not in a block."""
+        return self.state.shared.setdefault("outside notes", [])
+
+    # One block.
+
+    def _block(self, index: int, name: str) -> BlockFinding:
+        started = time.perf_counter()
+        self.store.load(name)
+        block = self.state.chain.holder[index]
+        before = HiddenStates(_sibling(self.state.settings.offload)) if DRIFT in self.state.needs else None
+        for number in range(len(self.state.batches)):
+            if before is not None:
+                before[number] = self.state.original[number]
+            self.state.original[number] = self.state.calls[number][index].run(block, self.state.original[number])
+        finding = self.store.finished(name)
+        if finding is None:
+            finding = self._quantize_block(index, name, block, before)
+        else:  # an earlier run did it
+            self._advance(index)
+            self.store.free(name)
+            return finding
+        finding.error = self._advance(index)
+        finding.seconds = time.perf_counter() - started
+        self.store.finish(name, finding)
+        self.store.free(name)
+        return finding
+
+    def _quantize_block(self, index: int, name: str, block: nn.Module, before: HiddenStates | None) -> BlockFinding:
+        work = BlockQuantizer(self.state, index, name, block)
+        notes = self._transform(work)
+        if before is not None:
+            work.follow_original(before, self.state.shared.get("basis"))
+        layers = work.quantize(lambda part: self._progress(name, index, part))
+        return BlockFinding(name, 0.0, 0.0, layers, notes)
+
+    def _transform(self, work: BlockQuantizer) -> list[str]:
+        """Apply the recipe's transforms to a block, in float32."""
+        if not self.state.recipe.transforms:
+            return []
+        call = self.probe_calls[work.index].to(torch.float32)
+        with in_float32(work.block):
+            recipe, shared = self.state.recipe, self.state.shared
+            probe = self.probe.float()
+            view = BlockView(work.name, work.block, work.groups, recipe, call, probe, work.gather, shared)
+            self.probe = view.expected.clone()
+            for step in self.state.recipe.transforms:
+                TRANSFORMS.get(step.name)(view, **step.options)
+        return view.notes
+
+    def _advance(self, index: int) -> float:
+        """Run the quantized block on the quantized model's hidden states; its distance from the original's."""
+        error = power = 0.0
+        block, basis = self.state.chain.holder[index], self.state.shared.get("basis")
+        for number in range(len(self.state.batches)):
+            out = self.state.calls[number][index].run(block, self.state.quantized[number])
+            self.state.quantized[number] = out
+            exact, seen = self.state.original[number].float(), out.float()
+            seen = seen if basis is None else (seen @ basis.T.to(seen))
+            keep = self.state.masks[number]
+            difference, exact = (seen - exact, exact) if keep is None else ((seen - exact)[keep], exact[keep])
+            error += float(difference.square().sum())
+            power += float(exact.square().sum())
+        return (processes.total(error) / max(processes.total(power), 1e-30)) ** 0.5
+
+    # What is not in a block: an output layer that is quantized too, a pooler.
+
+    def _outside(self) -> BlockFinding:
+        started = time.perf_counter()
+        finding = self.store.finished(OUTSIDE)
+        if finding is None:
+            if not self.store.keeps:
+                self.store.load(OUTSIDE)
+                self._transform_outside()
+            finding = self._quantize_outside(started)
+            self.store.finish(OUTSIDE, finding)
+        self.store.free(OUTSIDE)
+        return finding
+
+    def _quantize_outside(self, started: float) -> BlockFinding:
+        last = len(self.state.chain.holder) - 1
+        running: list[int] = [0]
+
+        def answer(index: int, call: Call, hidden: Tensor) -> Any:
+            out = self.state.quantized[running[0]] if index == last else hidden
+            return (out,) if self.state.tupled else out
+
+        layers: list[LayerFinding] = []
+        rest = [target for target in self.state.targets.values() if not self.state.is_inside(target.name)]
+        with stubs(self.state.chain, answer):
+            if any(target.kind != "embedding" for target in rest):
+                work = OutsideQuantizer(self.state, running)
+                layers = work.quantize(lambda part: self._progress("the rest", last + 1, part))
+        layers += self._quantize_embeddings([target for target in rest if target.kind == "embedding"])
+        return BlockFinding(OUTSIDE, 0.0, time.perf_counter() - started, layers, list(self.outside_notes))
+
+    def _quantize_embeddings(self, targets: list[Target]) -> list[LayerFinding]:
+        """Tables are looked up, not multiplied: nothing is known about their inputs, they are rounded to nearest."""
+        found = []
+        for target in targets:
+            matrix = Matrix(target.name, self.state.model.get_submodule(target.name), "weight", True)
+            made = quantize_matrix(matrix, self.state.recipe, None, self.state.settings.min_tokens)
+            self.state.swap(target.name, {"weight": [made]})
+            found.append(made.finding)
+        return found
+
+
+def _check(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Refuse what calibration cannot do."""
+    if any(TRANSFORMS.get(step.name).outside for step in recipe.transforms[1:]):
+        names = ", ".join(step.name for step in recipe.transforms)
+        raise SpecError(f"a transform of the whole model (a rotation) comes first, got {names}")
+    if recipe.columns.name != "none" and any(target.kind == "experts" for target in targets):
+        raise UnsupportedError("16-bit columns of fused experts are not calibrated: leave the columns step out")
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Let the floating-point parameters of a block be float32 for a while; unchanged ones come back bit for bit."""
+    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters() if parameter.is_floating_point()}
+    parameters = dict(block.named_parameters())
+    for name in dtypes:
+        parameters[name].data = parameters[name].data.float()
+    try:
+        yield
+    finally:
+        for name, dtype in dtypes.items():
+            parameters[name].data = parameters[name].data.to(dtype)
+
+
+def _head(batch: Batch) -> dict[str, Any]:
+    """The beginning of a batch: a few samples, a few tokens."""
+    samples, length = _PROBE
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return value[:samples, :length] if value.dim() == 2 else value[:samples]
+
+    return {name: cut(value) for name, value in batch.items()}
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    """Which positions [B, L] of a batch are no padding, None if all are."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def _sibling(folder: Path | None) -> Path | None:
+    return None if folder is None else folder / "before"

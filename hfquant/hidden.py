@@ -1,0 +1,33 @@
+"""The hidden states between two blocks, one tensor a batch: in memory, or in files where memory is short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class HiddenStates:
+    """Hidden states [B, L, H] by the number of their batch. With a `folder` they lie there, and one is in memory."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._held: dict[int, Tensor] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        if self.folder is None:
+            return self._held[batch]
+        return load_file(self._file(batch))["hidden"]
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        if self.folder is None:
+            self._held[batch] = hidden
+        else:
+            save_file({"hidden": hidden.contiguous()}, self._file(batch))
+
+    def _file(self, batch: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{batch}.safetensors"
