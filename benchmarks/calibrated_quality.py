@@ -1,0 +1,188 @@
+"""How much of what rounding to nearest loses do calibrated methods win back?
+
+Mean token KL (nats) between the bundled model and its quantized form, in float32 arithmetic, for three seeds: each has
+its own calibration data (128 samples of 256 tokens from the training files) and its own part of the held-out text.
+Ratios are of the means over the seeds, to rounding to nearest at the same bits and groups. "spread" scales every
+channel after every norm by 2^-3 to 2^3, "injected" makes four of them 64 times larger, without changing the function.
+Writes results/calibrated_quality.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
+
+from hfquant import HfQuantConfig
+from hfquant.eval import Reference, token_batches
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.models import HELDOUT, MODEL_DIR  # noqa: E402
+from tests.models.corpus import read_corpus, separator, standard_library  # noqa: E402
+from tests.models.outliers import inject, spread  # noqa: E402
+
+RESULT = Path(__file__).parent / "results" / "calibrated_quality.json"
+SEEDS = (0, 1, 2)
+SAMPLES, LENGTH = 128, 256
+SEQUENCES = 32
+ROTATION = {"name": "rotate", "online": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a variant of the model; `bar`: the ratio to `base` that it must not exceed."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    variant: str = "plain"
+    base: str | None = None
+    bar: float | None = None
+
+
+def rows() -> dict[str, Row]:
+    """Every line of the table by its name."""
+    found: dict[str, Row] = {}
+    for bits, gptq, awq in ((4, 0.48, 0.92), (3, 0.46, 0.82)):
+        shape = {"group_size": 64, "symmetric": False}
+        base = f"w{bits} g64 nearest"
+        found[base] = Row(f"int{bits}", shape)
+        asked = {"bits": bits, **shape}
+        clipped = 0.44 if bits == 3 else None
+        rotated = 0.43 if bits == 4 else None
+        found[f"w{bits} g64 gptq absmax"] = Row("gptq", {**asked, "range": "absmax"}, base=base, bar=gptq)
+        found[f"w{bits} g64 gptq"] = Row("gptq", asked, base=base, bar=clipped or gptq)
+        found[f"w{bits} g64 gptq gptaq"] = Row("gptq", {**asked, "gptaq": 0.25}, base=base)
+        found[f"w{bits} g64 rotate + gptq"] = Row("gptq", {**asked, "transform": ROTATION}, base=base, bar=rotated)
+        found[f"w{bits} g64 awq"] = Row("awq", asked, base=base, bar=awq)
+        found[f"w{bits} g64 awq + gptq"] = Row("gptq", {**asked, "transform": "awq"}, base=base)
+        spread_base = f"w{bits} g64 nearest, spread"
+        found[spread_base] = Row(f"int{bits}", shape, "spread")
+        found[f"w{bits} g64 awq, spread"] = Row("awq", asked, "spread", spread_base, 0.05)
+    for variant in ("plain", "spread", "injected"):
+        base = None if variant == "plain" else "w8a8 smoothquant, plain"
+        found[f"w8a8 dynamic, {variant}"] = Row("w8a8", {"transform": None}, variant)
+        found[f"w8a8 smoothquant, {variant}"] = Row("w8a8", {}, variant, base, None if base is None else 1.01)
+    for how in ("absmax", "percentile", "mse", "kl"):
+        options = {"dynamic": False, "input_range": how}
+        found[f"w8a8 smoothquant static {how}"] = Row("w8a8", options, base="w8a8 smoothquant, plain")
+    return found
+
+
+def calibration(tokenizer: Any, files: list[Any], seed: int) -> list[Tensor]:
+    """Token samples [128, 256] of the training files in an order of their own."""
+    order = list(files)
+    random.Random(seed).shuffle(order)
+    ids: list[int] = []
+    for file in order:
+        ids += tokenizer(separator(file.path) + file.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= SAMPLES * LENGTH:
+            break
+    return [torch.tensor(ids[: SAMPLES * LENGTH]).reshape(SAMPLES, LENGTH)]
+
+
+def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> tuple[float, float]:
+    """KL of a row, and the seconds it took to load and quantize."""
+    config = HfQuantConfig(row.method, **row.options)
+    if config.needs_data:
+        config = HfQuantConfig(row.method, **row.options, data=data, samples=SAMPLES, length=LENGTH, batch_size=16)
+    started = time.perf_counter()
+    model = LlamaForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    seconds = time.perf_counter() - started
+    return reference.compare(model).kl, seconds
+
+
+def variants(folder: Path, seed: int) -> dict[str, Path]:
+    """The model as it is, with spread channels, and with injected outlier channels."""
+    found = {"plain": MODEL_DIR}
+    for name, change in (("spread", spread), ("injected", inject)):
+        found[name] = folder / f"{name}-{seed}"
+        change(LlamaForCausalLM.from_pretrained(MODEL_DIR), seed=seed).save_pretrained(found[name])
+    return found
+
+
+def main() -> None:
+    """Measure, print, write; exit status 1 if a bar is missed."""
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    files = [file for file in read_corpus(standard_library()) if file.split == "train"]
+    text = HELDOUT.read_text()
+    size = len(text) // len(SEEDS)
+    table = rows()
+    kl: dict[str, list[float]] = {name: [] for name in table}
+    seconds: dict[str, list[float]] = {name: [] for name in table}
+    with tempfile.TemporaryDirectory() as name:
+        for seed in SEEDS:
+            model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+            part = text[seed * size : (seed + 1) * size]
+            reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
+            sources, data = variants(Path(name), seed), calibration(tokenizer, files, seed)
+            for label, row in table.items():
+                found, took = measure(reference, sources[row.variant], row, data)
+                kl[label].append(found)
+                seconds[label].append(took)
+                print(f"seed {seed}  {label:38s} {found:9.5f}  {took:5.1f} s", flush=True)
+    lines = {label: line(row, label, kl, seconds) for label, row in table.items()}
+    RESULT.write_text(json.dumps({**facts(), "rows": lines}, indent=1) + "\n")
+    missed = show(lines)
+    sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
+
+
+def line(row: Row, label: str, kl: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """One line of the result."""
+    ratio = None if row.base is None else mean(kl[label]) / mean(kl[row.base])
+    return {
+        "method": row.method,
+        "options": row.options,
+        "variant": row.variant,
+        "kl": mean(kl[label]),
+        "kl_by_seed": kl[label],
+        "base": row.base,
+        "ratio": ratio,
+        "bar": row.bar,
+        "seconds": mean(seconds[label]),
+    }
+
+
+def facts() -> dict[str, Any]:
+    """What it takes to judge the figures."""
+    return {
+        "question": __doc__.splitlines()[0],
+        "command": "python benchmarks/calibrated_quality.py",
+        "seeds": SEEDS,
+        "tokens": SEQUENCES * (LENGTH - 1),
+        "calibration": {"samples": SAMPLES, "length": LENGTH},
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("hfquant", "torch", "transformers")},
+    }
+
+
+def show(lines: dict[str, dict[str, Any]]) -> list[str]:
+    """Print the table; the labels of the bars that were missed."""
+    missed = []
+    print(f"\n{'':38s} {'KL':>9s} {'ratio':>7s} {'bar':>6s} {'s':>6s}")
+    for label, found in lines.items():
+        ratio = "" if found["ratio"] is None else f"{found['ratio']:.3f}"
+        bar = "" if found["bar"] is None else f"{found['bar']:.2f}"
+        print(f"{label:38s} {found['kl']:9.5f} {ratio:>7s} {bar:>6s} {found['seconds']:6.1f}")
+        if found["bar"] is not None and found["ratio"] > found["bar"]:
+            missed.append(label)
+    return missed
+
+
+if __name__ == "__main__":
+    main()
