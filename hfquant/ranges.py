@@ -120,7 +120,7 @@ def mse(w: Tensor, spec: TensorSpec, stats: Stats, norm: float = 2.0, steps: int
         best = torch.full_like(low, torch.inf)
         factor = torch.ones_like(low)
         for candidate in factors:
-            loss = _clipping_loss(x, low * candidate, high * candidate, spec, norm)
+            loss = clipping_error(x, low * candidate, high * candidate, spec).pow_(norm).sum(1)
             factor = torch.where(loss < best, candidate, factor)
             best = torch.minimum(loss, best)
         return low * factor, high * factor
@@ -129,13 +129,12 @@ def mse(w: Tensor, spec: TensorSpec, stats: Stats, norm: float = 2.0, steps: int
     return params_from_bounds(w, low, high, spec)
 
 
-def _clipping_loss(x: Tensor, low: Tensor, high: Tensor, spec: TensorSpec, norm: float) -> Tensor:
-    """Sum of |quantization error|^norm [B] of the blocks `x` [B, E] with bounds [B]."""
+def clipping_error(x: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
+    """Magnitude of the quantization error [B, E] of the blocks `x` [B, E] with bounds [B], scales as stored."""
     grid = spec.numbers()
     scale = as_stored(scale_from_bounds(low, high, grid, spec.zero), spec.scale_dtype).float()[:, None]
     zero = zero_from_bounds(low[:, None], scale, grid) if spec.zero else None
-    error = (decode(encode(x, scale, zero, grid), scale, zero, grid) - x).abs_()
-    return (error.square_() if norm == 2 else error.pow_(norm)).sum(1)
+    return (decode(encode(x, scale, zero, grid), scale, zero, grid) - x).abs_()
 
 
 def kl(w: Tensor, spec: TensorSpec, stats: Stats) -> Params:
