@@ -9,13 +9,22 @@ from . import hf as _hf  # noqa: F401
 from .api import coverage, explain, quantize
 from .backend import backends
 from .config import HfQuantConfig
-from .errors import BackendError, FormatError, HfQuantError, SpecError, UnsupportedError, WeightError
+from .errors import (
+    BackendError,
+    CalibrationError,
+    FormatError,
+    HfQuantError,
+    SpecError,
+    UnsupportedError,
+    WeightError,
+)
 from .kernel import use_kernel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CalibrationError",
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",

@@ -53,6 +53,7 @@ def quantize(
     if not isinstance(config, HfQuantConfig):
         raise SpecError(f'config is an HfQuantConfig, such as HfQuantConfig("int4"), got {config!r}')
     started = time.perf_counter()
+    _check_request(config, device_map, settings)
     out = Path(out)
     check_output(out, overwrite, keep=src)
     model_config = original_config(src, revision)
@@ -80,6 +81,18 @@ def quantize(
         )
         (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
     return report
+
+
+def _check_request(config: HfQuantConfig, device_map: Any, settings: Settings | None) -> None:
+    """Raise SpecError for arguments that would have no effect."""
+    if not works_on_blocks(config.recipe):
+        if settings is not None:
+            raise SpecError(f"method {config.method!r} is not calibrated: leave settings out")
+    elif str(device_map) not in ("None", "cpu"):
+        raise SpecError(
+            f"method {config.method!r} is calibrated block by block on the CPU, device_map={device_map!r} has no place "
+            "there: leave it out (--device)"
+        )
 
 
 def _quantize_blocks(

@@ -146,14 +146,9 @@ def owner_of(backend: Backend, source: str) -> str:
 
 def _problem(table: Table, name: Any, item: Any) -> str | None:
     """Reason why an entry of a backend cannot work, or None."""
-    types: tuple[tuple[Table, type], ...] = (
-        (BACKENDS, Backend),
-        (GRIDS, Grid),
-        (LAYOUTS, Layout),
-        (KERNELS, Kernel),
-        (TRANSFORMS, Transform),
-    )
-    wanted = next((kind for held, kind in types if held is table), None)
+    kinds: tuple[type, ...] = (Backend, Grid, Layout, Kernel, Transform)
+    tables: tuple[Table, ...] = (BACKENDS, GRIDS, LAYOUTS, KERNELS, TRANSFORMS)
+    wanted = next((kind for held, kind in zip(tables, kinds, strict=True) if held is table), None)
     if not isinstance(name, str) or not name:
         return f"{table.axis} {item!r} has the name {name!r}: names are strings that are not empty"
     if wanted is not None and not isinstance(item, wanted):

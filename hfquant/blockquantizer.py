@@ -17,7 +17,8 @@ from .findings import LayerFinding
 from .hidden import HiddenStates
 from .layer import Pieces, quantize_matrix
 from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
-from .stats import CHANNELS, DRIFT, HESSIAN, InputStats
+from .ranges import RANGES
+from .stats import CHANNELS, DRIFT, HESSIAN, InputStats, needs_of
 
 _STATISTICS = 1 << 31  # bytes of statistics of experts that are gathered in one pass
 
@@ -72,6 +73,7 @@ class BlockQuantizer:
         for done, stage in enumerate(stages):
             progress((done + 0.5) / (len(stages) + 1))
             self.gather(stage, self.run.needs | {CHANNELS})
+            _lend_histograms(stage)
             for group in stage:
                 for made in self._quantize_group(group):
                     owner, leaf = _place(made.matrix)
@@ -99,10 +101,13 @@ class BlockQuantizer:
                     yield quantize_matrix(matrix, self.run.recipe, None, self.run.settings.min_tokens)
 
     def _quantize_group(self, group: Group) -> Iterator[Pieces]:
+        assert group.stats is not None
+        recipe, settings = self.run.recipe, self.run.settings
+        ranged = needs_of(RANGES.get(recipe.range.name), recipe.range.options)  # while the codes are looked for
         for number, matrix in enumerate(group.targets):
             owner = number % processes.world()
-            settings = self.run.settings
-            made = quantize_matrix(matrix, self.run.recipe, group.stats, settings.min_tokens, group.rotated, owner)
+            group.stats.last = matrix is group.targets[-1] and HESSIAN not in ranged
+            made = quantize_matrix(matrix, recipe, group.stats, settings.min_tokens, group.rotated, owner)
             self.closing.append(made.stand_in())
             yield made
 
@@ -153,6 +158,18 @@ class Twin:
         with watch(twins, seen, lambda: self.work.run.masks[number], stop=True), suppress(Enough):
             self._forward(number)
         return found
+
+
+def _lend_histograms(stage: list[Group]) -> None:
+    """Experts that no token reached get the static input range of all the others."""
+    counted = [group.stats.histogram for group in stage if group.stats is not None and group.stats.histogram]
+    pooled = counted[0].copy() if counted else None
+    for histogram in counted[1:]:
+        assert pooled is not None
+        pooled.merge(histogram)
+    for group in stage:
+        if group.stats is not None and group.stats.histogram is not None and not group.stats.tokens:
+            group.stats.histogram = pooled
 
 
 def _stages(groups: list[Group], run: State) -> Iterator[list[Group]]:

@@ -95,7 +95,7 @@ class OutsideView:
     reads the hidden states that leave the last one, None if nothing does so first; `readers`: the matrices that read
     the norm's output; `tied`: whether one of them is one of the tables. `passage(leaving)`: the hidden states
     [b, l, H] that enter the first block for a few tokens, and the model's output for `leaving` [b, l, H], which None
-    lets be the same.
+    lets be the same. `untied`: names of matrices that a transform took apart from the tables.
     """
 
     model: nn.Module
@@ -106,6 +106,7 @@ class OutsideView:
     passage: Callable[[Tensor | None], tuple[Tensor, Tensor]]
     shared: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()

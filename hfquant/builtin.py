@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import codebooks, columns, layouts, presets, ranges, rounders
+from . import (
+    codebooks,
+    columns,
+    input_ranges,
+    layouts,
+    presets,
+    ranges,
+    rotation,
+    rounders,
+    smooth,
+    w8a8,
+    weighted_ranges,
+)
 from .backend import Backend, register
 from .kernel import REFERENCE
 
@@ -11,10 +23,12 @@ CORE = Backend(
     grids=codebooks.BUILTIN,
     layouts=layouts.BUILTIN,
     kernels=(REFERENCE,),
-    ranges=ranges.BUILTIN,
+    ranges={**ranges.BUILTIN, **weighted_ranges.BUILTIN},
+    input_ranges=input_ranges.BUILTIN,
     rounders=rounders.BUILTIN,
     columns=columns.BUILTIN,
-    presets=presets.BUILTIN,
+    transforms={**rotation.BUILTIN, **smooth.BUILTIN},
+    presets={**presets.BUILTIN, **w8a8.BUILTIN},
 )
 
 register(CORE, "hfquant")

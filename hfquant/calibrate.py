@@ -21,11 +21,12 @@ from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store,
 from .chain import Call, calls, find_chain, first_call, no_cache, stubs
 from .config import HfQuantConfig
 from .coverage import Target
-from .errors import SpecError, UnsupportedError
+from .errors import CalibrationError, SpecError, UnsupportedError
 from .findings import BlockFinding, LayerFinding
 from .hidden import HiddenStates
 from .layer import quantize_matrix
 from .matrices import Matrix
+from .quantize import for_table
 from .recipe import Recipe
 from .stats import DRIFT
 from .transforms import TRANSFORMS
@@ -47,12 +48,13 @@ class Calibration:
         tick: Tick | None = None,
     ) -> None:
         folder = settings.offload if settings is not None else None
+        self.first = _head(batches[0])  # the same for all processes, which must not decide differently
         self.state = State(
             model,
             config,
             find_chain(model),
             {target.name: target for target in targets},
-            list(batches)[processes.rank() :: processes.world()],
+            _share(batches, config.data.data is None),
             settings or Settings(),
             HiddenStates(folder / "original" if folder else None),
             HiddenStates(folder / "quantized" if folder else None),
@@ -64,14 +66,16 @@ class Calibration:
     @torch.no_grad()
     def run(self) -> list[BlockFinding]:
         """Quantize everything."""
-        modes = {module: module.training for module in self.state.model.modules()}
+        modes = {name: module.training for name, module in self.state.model.named_modules()}
         self.state.model.eval()
         try:
             with no_cache(self.state.model):
                 return list(self._run())
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for name, module in self.state.model.named_modules():  # packed ones have the names of the original ones
+                module.training = modes[name]
+            self.state.original.clear()
+            self.state.quantized.clear()
 
     def _run(self) -> Iterator[BlockFinding]:
         names = self.state.chain.names()
@@ -93,7 +97,7 @@ class Calibration:
         """Note how every block is called for every batch, and the hidden states that enter the first one."""
         state = self.state
         self.store.load(first)
-        probe = _head(self.state.batches[0])
+        probe = self.first
         call, hidden = first_call(self.state.model, self.state.chain, probe)
         self.state.tupled = isinstance(call.output(self.state.chain.holder[0], hidden), tuple)
         for number, batch in enumerate(self.state.batches):
@@ -112,10 +116,12 @@ class Calibration:
         for step in self.state.recipe.transforms:
             outside = TRANSFORMS.get(step.name).outside
             if outside is not None:
-                view = outside_view(self.state.model, self.state.chain, _head(self.state.batches[0]), self.state.tupled)
+                view = outside_view(self.state.model, self.state.chain, self.first, self.state.tupled)
                 view.shared = self.state.shared
                 outside(view, **step.options)
                 self.outside_notes.extend(view.notes)
+                if self.state.config.skipped is not None:  # or the checkpoint would promise them quantized
+                    self.state.config.skipped |= dict.fromkeys(view.untied, "tied weights")
 
     @property
     def outside_notes(self) -> list[str]:
@@ -136,6 +142,8 @@ class Calibration:
         finding = self.store.finished(name)
         if finding is None:
             finding = self._quantize_block(index, name, block, before)
+            if before is not None:
+                before.clear()
         else:  # an earlier run did it
             self._advance(index)
             self.store.free(name)
@@ -219,7 +227,7 @@ class Calibration:
         found = []
         for target in targets:
             matrix = Matrix(target.name, self.state.model.get_submodule(target.name), "weight", True)
-            made = quantize_matrix(matrix, self.state.recipe, None, self.state.settings.min_tokens)
+            made = quantize_matrix(matrix, for_table(self.state.recipe), None, self.state.settings.min_tokens)
             self.state.swap(target.name, {"weight": [made]})
             found.append(made.finding)
         return found
@@ -245,17 +253,42 @@ def in_float32(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, dtype in dtypes.items():
-            parameters[name].data = parameters[name].data.to(dtype)
+            parameters[name].data = _narrowed(parameters[name].data, dtype, name)
+
+
+def _share(batches: Sequence[Batch], stand_in: bool) -> list[Batch]:
+    """This process' batches; a stand-in for data, which nothing depends on, is everybody's."""
+    if stand_in:
+        return list(batches)
+    if len(batches) < processes.world():
+        raise CalibrationError(
+            f"{processes.world()} processes share {len(batches)} batches of calibration data: start fewer processes, "
+            "or give more data or a smaller batch_size"
+        )
+    return list(batches)[processes.rank() :: processes.world()]
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in a dtype of fewer bits. Raises CalibrationError if a transform made them too large for it."""
+    narrow = values.to(dtype)
+    if torch.isfinite(values).all() and not torch.isfinite(narrow).all():
+        raise CalibrationError(
+            f"a transform made values of {name} too large for {dtype}: quantize in bfloat16 or float32 (dtype=...), or "
+            "leave the transform out"
+        )
+    return narrow
 
 
 def _head(batch: Batch) -> dict[str, Any]:
     """The beginning of a batch: a few samples, a few tokens."""
     samples, length = _PROBE
+    lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() == 2}
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        return value[:samples, :length] if value.dim() == 2 else value[:samples]
+        long = value.dim() in (2, 3) and value.shape[1] in lengths  # ids, masks, embeddings; not images
+        return value[:samples, :length] if long else value[:samples]
 
     return {name: cut(value) for name, value in batch.items()}
 

@@ -162,13 +162,13 @@ def calls(model: nn.Module, chain: Chain, batch: Mapping[str, Any], tupled: bool
 
 @contextmanager
 def no_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache while calibrating: it would hold every batch."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
+    """No key-value cache while calibrating: it would hold every batch, and a block that runs again would add to it."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    for config in caching:
         config.use_cache = False
     try:
         yield
     finally:
-        if before:
-            config.use_cache = before
+        for config in caching:
+            config.use_cache = True

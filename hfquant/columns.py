@@ -58,14 +58,16 @@ def proxy(w: Tensor, spec: TensorSpec, stats: Stats, fraction: float = 0.02) -> 
     return stats.producer_std.to(w.device).topk(count).indices.sort().values
 
 
-def take_outliers(w: Tensor, index: Tensor) -> tuple[Tensor, Outliers | None]:
+def take_outliers(w: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Outliers | None]:
     """Split `w` [N, K]: the matrix with the columns `index` [k] set to 0, and these columns in 16 bit.
 
-    float32 weights become bfloat16, which keeps their range; 16-bit weights are kept exactly.
+    float32 weights become bfloat16, which keeps their range; 16-bit weights are kept exactly. `dtype`: of the weights
+    before they were rotated, if they were.
     """
     if index.numel() == 0:
         return w, None
-    dtype = w.dtype if w.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    dtype = dtype or w.dtype
+    dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     kept = Outliers(index.to(torch.int32), w[:, index].to(dtype).contiguous())
     return w.index_fill(1, index, 0), kept
 

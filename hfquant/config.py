@@ -32,7 +32,7 @@ QUANT_METHOD = "hfquant"
 FORMAT_VERSION = 1
 _REQUEST = ("method", "options", "modules_to_not_convert", "embeddings", "calibration")
 _RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "source_dtype")
-_ADDED: dict[str, Any] = {"rotated": []}  # what checkpoints of earlier versions do not record
+_ADDED: dict[str, Any] = {"calibration": {"data": None}, "rotated": []}  # earlier checkpoints do not record these
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508; in particular no pip option
 
 
@@ -86,16 +86,14 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.source_dtype: str | None = None
 
     @classmethod
-    def from_recipe(cls, path: str | Path) -> HfQuantConfig:
-        """Read a YAML file that holds `method` and its options. Raises SpecError if it is not that."""
+    def from_recipe(cls, path: str | Path, **changes: Any) -> HfQuantConfig:
+        """Read a YAML file that holds `method` and its options; `changes` take the place of what it says.
+
+        Raises SpecError if it is not that.
+        """
+        given = {**read_recipe(path), **changes}
         try:
-            data = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError as error:
-            raise SpecError(f"{path} is not YAML: {error}") from error
-        if not isinstance(data, dict) or "method" not in data or not all(isinstance(key, str) for key in data):
-            raise SpecError(f"{path}: a recipe is a mapping with a 'method' and its options")
-        try:
-            return cls(**data)
+            return cls(**given)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from error
 
@@ -115,7 +113,6 @@ class HfQuantConfig(QuantizationConfigMixin):
                 f"the checkpoint has hfquant format {data['format_version']!r}, this version reads {FORMAT_VERSION}: "
                 "update hfquant, or quantize the original model again"
             )
-        data = {"calibration": {"data": None}, **data}
         data = {**copy.deepcopy(_ADDED), **data}
         if missing := [name for name in (*_REQUEST, *_RESULT, "recipe") if name not in data]:
             raise FormatError(f"config.json: quantization_config has no {', '.join(missing)}: the file was changed")
@@ -146,9 +143,14 @@ class HfQuantConfig(QuantizationConfigMixin):
         """Note what the model is calibrated on: counts and a hash, never the data."""
         self.calibration = self.data.describe(batches)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method reads calibration data."""
+        return needs_data(self.recipe)
+
     def check_data(self) -> None:
         """Raise CalibrationError if the method reads calibration data and there is none."""
-        if needs_data(self.recipe) and self.data.data is None:
+        if self.needs_data and self.data.data is None:
             raise CalibrationError(
                 f"method {self.method!r} needs calibration data: pass data=... (a dataset, a text file, a list of "
                 'texts or of token tensors), or data="self" for text that the model writes itself'
@@ -164,6 +166,20 @@ class HfQuantConfig(QuantizationConfigMixin):
         plain = {name: copy.deepcopy(getattr(self, name)) for name in (*_REQUEST, *_RESULT)}
         tags = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         return {**tags, **plain, "recipe": self.recipe.to_dict()}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The keywords of `HfQuantConfig` that a YAML file holds. Raises SpecError if it does not."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SpecError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from error
+    plain = isinstance(data, dict) and all(isinstance(key, str) for key in data)
+    if not plain or not isinstance(data.get("method"), str):
+        raise SpecError(f"{path}: a recipe is a mapping with a 'method' and its options")
+    return data
 
 
 def _without_tag(data: dict[str, Any]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def batches(calibration: Calibration, tokenizer: Any, config: Any, model: Any = 
     if kind_of(calibration.data) == "inputs":
         return [dict(inputs) for inputs in calibration.data]
     rows = _samples(calibration, tokenizer, config, model)
-    if len(rows) < calibration.samples:
+    if len(rows) < calibration.samples and kind_of(calibration.data) != "tokens":
         logger.warning("the calibration data gives %d samples, %d were asked for", len(rows), calibration.samples)
     text_config = config.get_text_config()
     pad = getattr(text_config, "pad_token_id", None)

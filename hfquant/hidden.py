@@ -28,6 +28,13 @@ class HiddenStates:
         else:
             save_file({"hidden": hidden.contiguous()}, self._file(batch))
 
+    def clear(self) -> None:
+        """Forget them all, files included."""
+        self._held.clear()
+        if self.folder is not None:
+            for file in self.folder.glob("*.safetensors"):
+                file.unlink()
+
     def _file(self, batch: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{batch}.safetensors"

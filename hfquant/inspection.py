@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, survey
 from .errors import FormatError, SpecError
+from .findings import BlockFinding, LayerFinding
 from .nn import PackedModule
-from .report import PackedWeight, packed_weights
+from .report import REPORT_NAME, PackedWeight, packed_weights
 from .source import (
     empty_model,
     headers,
@@ -39,7 +42,10 @@ class LayerInfo:
     """A quantized weight: its grid, who shares a scale, how it is stored, and what it takes.
 
     `count`: matrices in it (experts). `scale`: dtype or grid of the scales. `error`: |W - W'| / |W| in the Frobenius
-    norm, None without the original.
+    norm, None without the original. `rotated`: it is quantized in the Hadamard basis of its input.
+
+    What calibration found, None without: `output_error`: of x W^T, the largest of several experts. `tokens`: how many
+    reached it, the fewest of several. `notes`: remedies and fallbacks.
     """
 
     name: str
@@ -55,6 +61,10 @@ class LayerInfo:
     mb: float
     outlier_columns: int
     error: float | None = None
+    rotated: bool = False
+    output_error: float | None = None
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -63,37 +73,48 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A quantized model seen layer by layer; worst first where errors are known."""
+    """A quantized model seen layer by layer; worst first where errors are known.
+
+    `calibration`: what it was calibrated on. `blocks`: what was found there, None where no report lies beside the
+    model, and empty for methods that are not calibrated.
+    """
 
     method: str
     layers: tuple[LayerInfo, ...]
     coverage: Coverage
+    calibration: dict[str, Any] | None = None
+    blocks: tuple[BlockFinding, ...] | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         layers = [layer.to_dict() for layer in self.layers]
-        return {"method": self.method, "layers": layers, "coverage": self.coverage.to_dict()}
+        blocks = None if self.blocks is None else [block.to_dict() for block in self.blocks]
+        found = {"calibration": self.calibration, "blocks": blocks}
+        return {"method": self.method, "layers": layers, "coverage": self.coverage.to_dict(), **found}
 
 
 def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) -> Inspection:
     """Look into a native checkpoint. Without `reference` only its configuration and file headers are read.
 
-    With `reference` (the original model) both are loaded, on the CPU, and every weight is compared. Raises SpecError if
-    `path` holds no native checkpoint, FormatError if its tensors are not the ones its configuration promises.
+    With `reference` (the original model) both are loaded, on the CPU, and every weight is compared. What calibration
+    found is read from the report that `hfquant.quantize` left in the folder. Raises SpecError if `path` holds no native
+    checkpoint, FormatError if its tensors are not the ones its configuration promises, or if the report is damaged.
     """
     config = read_config(path)
     if method_of(config) != QUANT_METHOD:
         found = method_of(config) or "not quantized"
         raise SpecError(f"{path} is no hfquant checkpoint ({found}): inspect a folder written by `hfquant quantize`")
+    blocks = read_findings(path)
     if reference is not None:
         original = load_model(reference, original_config(reference), dtype="auto")
-        return inspect_model(load_model(path, dtype="auto"), original)
+        return _with_findings(inspect_model(load_model(path, dtype="auto"), original), blocks)
     stored = HfQuantConfig.from_dict(config.quantization_config)
     model = empty_model(config, stored_dtype(path, config))
     targets, coverage = survey(model, stored.skipped, stored.embeddings)
-    swap_in(model, targets, stored.recipe, stored.outlier_columns, wait=False)
+    swap_in(model, targets, stored.recipe, stored.outlier_columns, False, stored.rotated)
     _check_files(path, model)
-    return Inspection(stored.method, tuple(_describe(weight) for weight in packed_weights(model)), coverage)
+    layers = tuple(_describe(weight) for weight in packed_weights(model))
+    return _with_findings(Inspection(stored.method, layers, coverage, stored.calibration), blocks)
 
 
 def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspection:
@@ -106,7 +127,44 @@ def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspe
     layers = [_describe(weight, errors.get(weight.name)) for weight in packed_weights(model)]
     if reference is not None:
         layers.sort(key=lambda layer: -(layer.error or 0.0))
-    return Inspection(config.method, tuple(layers), quantizer.coverage)
+    made = Inspection(config.method, tuple(layers), quantizer.coverage, config.calibration)
+    return _with_findings(made, quantizer.findings)
+
+
+def read_findings(path: str | Path) -> tuple[BlockFinding, ...] | None:
+    """What the report beside a model says that calibration found, None if there is no report.
+
+    Raises FormatError for a damaged one.
+    """
+    file = Path(path) / REPORT_NAME
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        return tuple(BlockFinding.from_dict(block) for block in found.get("blocks", ()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"{file} is damaged ({error!r}): remove it to see the model without it") from error
+
+
+def _with_findings(found: Inspection, blocks: Sequence[BlockFinding] | None) -> Inspection:
+    """The same with what calibration found about each layer; the worst output first, if nothing else gives an order."""
+    if blocks is None:
+        return found
+    parts: dict[str, list[LayerFinding]] = {}
+    for layer in (layer for block in blocks for layer in block.layers):
+        parts.setdefault(re.sub(r"\[\d+\]$", "", layer.name), []).append(layer)
+    layers = [_joined(layer, parts[layer.name]) if layer.name in parts else layer for layer in found.layers]
+    if parts and all(layer.error is None for layer in layers):
+        layers.sort(key=lambda layer: -(layer.output_error or 0.0))
+    return replace(found, layers=tuple(layers), blocks=tuple(blocks))
+
+
+def _joined(layer: LayerInfo, parts: list[LayerFinding]) -> LayerInfo:
+    """A layer with the findings about its matrices."""
+    single = len(parts) == 1 and parts[0].name == layer.name
+    notes = tuple(note if single else f"{part.name}: {note}" for part in parts for note in part.notes)
+    error = max(part.error for part in parts)
+    return replace(layer, output_error=error, tokens=min(part.tokens for part in parts), notes=notes)
 
 
 def weight_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
@@ -164,6 +222,7 @@ def _describe(weight: PackedWeight, error: float | None = None) -> LayerInfo:
         weight.bytes / 1e6,
         spec.outliers,
         error,
+        spec.rotated,
     )
 
 
@@ -179,7 +238,10 @@ def blocks_name(spec: TensorSpec) -> str:
 
 def input_name(scheme: Scheme) -> str | None:
     """How a layer's input is quantized, in a word, or None if it is not."""
-    return None if scheme.input is None else f"{scheme.input.tensor.grid}/{blocks_name(scheme.input.tensor)}"
+    if scheme.input is None:
+        return None
+    static = "" if scheme.input.dynamic else " static"
+    return f"{scheme.input.tensor.grid}/{blocks_name(scheme.input.tensor)}{static}"
 
 
 def _check_files(path: str | Path, model: nn.Module) -> None:

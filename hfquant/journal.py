@@ -31,14 +31,18 @@ class Journal:
         self.records: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
-        if not resume:
-            _clear(folder)
-        lines = _complete_lines(self.path)
-        if lines:
-            _check_same(lines[0], dict(run), folder)
-            self.records = {line["name"]: line for line in lines[1:]}
-            self._check_shards()
-        _rewrite(self.path, lines or [dict(run)])
+        try:
+            lines = _complete_lines(self.path) if resume else []
+            if lines:
+                _check_same(lines[0], dict(run), folder)
+                self.records = {line["name"]: line for line in lines[1:]}
+                self._check_shards()
+            else:
+                _clear(folder)
+            _rewrite(self.path, lines or [dict(run)])
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, name: str, shard: str, tensors: dict[str, Tensor], header: dict[str, str], **facts: Any) -> None:
         """Write the tensors of `name` to the file `shard` and note it with `facts` (plain JSON types).
@@ -48,6 +52,7 @@ class Journal:
         new = self.folder / f"{shard}.tmp"
         try:
             save_file(tensors, new, header)
+            _sort_metadata(new)
             _sync(new)
             new.rename(self.folder / shard)
             sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
@@ -77,6 +82,21 @@ class Journal:
                 raise FormatError(
                     f"{shard} is not as the journal says: start over (resume=False, --no-resume), or restore it"
                 )
+
+
+def _sort_metadata(file: Path) -> None:
+    """Give the metadata of a safetensors file an order, which the library leaves to chance.
+
+    Two runs would otherwise write files that differ in nothing but that.
+    """
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def forget(folder: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .errors import UnsupportedError
+from .hadamard import hadamard
 from .spec import PackedSpec
 from .tables import Table
 
@@ -34,7 +35,8 @@ class Kernel:
 
     `layout` and `device` ("cpu", "cuda", ...) say what it is for, "*" for any. `run(x, packed, bias, spec)` computes
     y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
-    compute capability or None. The kernel with the highest `priority` that does not decline is used.
+    compute capability or None. The kernel with the highest `priority` that does not decline is used. Kernels know
+    nothing of rotated weights: their input is rotated before `run`.
     """
 
     name: str
@@ -79,6 +81,8 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
     kernel = choose(key, x.device, x.dtype, forced)
     if kernel is REFERENCE and forced is None:
         _report_fallback(spec, x.device, x.dtype)
+    if spec.rotated and kernel is not REFERENCE:
+        x, spec = hadamard(x).to(x.dtype), replace(spec, rotated=False)
     return kernel.run(x, packed, bias, spec)
 
 

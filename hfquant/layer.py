@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import processes
+from .blocks import row_chunks
 from .columns import COLUMNS
 from .config import HfQuantConfig
 from .errors import CalibrationError
@@ -83,9 +84,11 @@ def quantize_matrix(
     w = matrix.values()
     notes: list[Any] = []
     count = 0 if stats is None else stats.tokens
-    if count < min_tokens and not _is_static(recipe):
+    sample = None if stats is None else stats.sample
+    seen = stats  # a static input has its range from whatever was seen
+    if stats is None or count < min_tokens:
         changed = data_free(recipe)
-        if changed != recipe:
+        if changed != recipe and processes.rank() == owner:
             notes.append(f"{count} tokens reached it, {min_tokens} are needed: rounded to nearest")
         recipe, stats = changed, None
 
@@ -93,7 +96,7 @@ def quantize_matrix(
         log: list[str] = []
         q = quantize_linear(w.contiguous(), recipe, Stats(matrix.name, inputs=stats, log=log), rotated=rotated)
         notes.extend(log)
-        return pack(q, recipe, static_inputs(recipe, stats, matrix.name))[0]
+        return pack(q, recipe, static_inputs(recipe, seen, matrix.name))[0]
 
     empty, spec = pack_empty((w.shape[0], w.shape[1]), recipe, w.dtype, rotated=rotated)
     packed = processes.from_owner(owner, empty, make)
@@ -102,14 +105,10 @@ def quantize_matrix(
         spec = replace(spec, names=tuple(packed), outliers=kept)
     found = LayerFinding(matrix.name, 0.0, count, processes.gather_notes(notes))
     made = Pieces(matrix, packed, spec, found)
-    if stats is not None:
-        found.error = _output_error(w, made.qtensor(), stats.sample)
+    if sample is not None:
+        found.error = _output_error(w, made.qtensor(), sample)
     found.seconds = time.perf_counter() - started
     return made
-
-
-def _is_static(recipe: Recipe) -> bool:
-    return recipe.scheme.input is not None and not recipe.scheme.input.dynamic
 
 
 def static_inputs(recipe: Recipe, stats: InputStats | None, name: str) -> InputParams | None:
@@ -120,7 +119,7 @@ def static_inputs(recipe: Recipe, stats: InputStats | None, name: str) -> InputP
     given = recipe.scheme.input
     if given is None or given.dynamic:
         return None
-    if stats is None or stats.histogram is None or not stats.tokens:
+    if stats is None or stats.histogram is None or not stats.histogram.total:
         raise CalibrationError(
             f"{name} was reached by no token of the calibration data, so that its static input has no range: give more "
             "data, leave the layer alone (modules_to_not_convert), or use dynamic ranges"
@@ -144,9 +143,13 @@ def data_free(recipe: Recipe) -> Recipe:
 def _output_error(w: Tensor, q: QTensor, x: Tensor) -> float:
     """|x (W - W')^T| / |x W^T| for some inputs `x` [S, K] float32, in the basis that the weight is quantized in."""
     x = inverse_hadamard(x) if q.rotated else x
-    exact = w.float()
-    power = (x @ exact.T).norm()
-    return float((x @ (exact - q.dequantize()).T).norm() / power.clamp_min(1e-30))
+    error, power = [], []
+    values = q.dequantize()
+    for rows in row_chunks((w.shape[0], w.shape[1])):
+        exact = w[rows].float()
+        power.append((x @ exact.T).norm())
+        error.append((x @ (exact - values[rows]).T).norm())
+    return float(torch.stack(error).norm() / torch.stack(power).norm().clamp_min(1e-30))
 
 
 def hold_pieces(module: Any, pieces: dict[str, list[Pieces]], config: HfQuantConfig, name: str) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import FormatError, SpecError
+from .errors import CalibrationError, FormatError, SpecError
 from .grids import Grid
 from .packing import pack_bits, packed_width, unpack_bits
-from .qtensor import Outliers, QTensor
+from .qtensor import InputParams, Outliers, QTensor
 from .spec import PackedSpec, Scheme, TensorSpec
 from .tables import Table
 
@@ -19,7 +19,8 @@ class Layout:
     """How codes become stored tensors; a subclass overrides `encode` and `decode`, or `pack` and `unpack`.
 
     A packed weight is a dict of tensors: "codes", "scale" (or "scale_codes", "scale_scale" where scales are quantized
-    themselves), and where present "zero", "order", "levels", "outlier_index" and "outlier_weight".
+    themselves), and where present "zero", "order", "levels", "outlier_index" and "outlier_weight". The tensors of
+    `INPUT_NAMES`, which follow them where the input is static, are no layout's business.
     """
 
     name: str
@@ -139,6 +140,8 @@ class Dense(Layout):
         return unpack_bits(stored, grid.bits, count)
 
 
+INPUT_NAMES = ("input_scale", "input_zero")  # of the packed tensors that hold the range of a static input
+
 LAYOUTS: Table[Layout] = Table("layout")
 BUILTIN: tuple[Layout, ...] = (Bytes(), Dense())
 
@@ -177,13 +180,57 @@ def _empty_scale(counts: tuple[int, int], how: str | TensorSpec, device: str) ->
     return QTensor(codes, _empty_scale(how.blocks.counts(row), how.scale, device), None, None, how)
 
 
-def packed_spec(packed: dict[str, Tensor], layout: str, shape: tuple[int, int], scheme: Scheme) -> PackedSpec:
+def packed_spec(
+    packed: dict[str, Tensor], layout: str, shape: tuple[int, int], scheme: Scheme, rotated: bool = False
+) -> PackedSpec:
     """The description that kernels get of a packed weight."""
     kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
-    return PackedSpec(layout, shape, scheme, tuple(packed), kept)
+    return PackedSpec(layout, shape, scheme, tuple(packed), kept, rotated)
 
 
 def unpack(packed: list[Tensor], spec: PackedSpec) -> QTensor:
     """The QTensor behind packed tensors given in the order of `spec.names`."""
-    tensors = dict(zip(spec.names, packed, strict=True))
-    return LAYOUTS.get(spec.layout).unpack(tensors, spec.shape, spec.scheme.weight)
+    tensors = {name: value for name, value in zip(spec.names, packed, strict=True) if name not in INPUT_NAMES}
+    return replace(LAYOUTS.get(spec.layout).unpack(tensors, spec.shape, spec.scheme.weight), rotated=spec.rotated)
+
+
+def pack_inputs(inputs: InputParams | None, scheme: Scheme) -> dict[str, Tensor]:
+    """Stored tensors of a static input's range, none where ranges are found at run time.
+
+    Raises CalibrationError if the range is missing, SpecError if it is not one that the scheme has a use for.
+    """
+    spec = _static_input(scheme)
+    if spec is None:
+        if inputs is not None:
+            raise SpecError("a range was given for an input that is not quantized, or that has its ranges at run time")
+        return {}
+    if inputs is None:
+        raise CalibrationError("a static input needs the range that calibration found for it: there is none")
+    if spec.zero != (inputs.zero is not None):
+        raise SpecError(f"a range {'with' if inputs.zero is not None else 'without'} a zero point does not fit {spec}")
+    zero = {} if inputs.zero is None else {INPUT_NAMES[1]: inputs.zero}
+    return {INPUT_NAMES[0]: inputs.scale, **zero}
+
+
+def unpack_inputs(packed: list[Tensor], spec: PackedSpec) -> InputParams | None:
+    """Inverse of `pack_inputs` for packed tensors given in the order of `spec.names`; None without a static input."""
+    if _static_input(spec.scheme) is None:
+        return None
+    scale, zero = (dict(zip(spec.names, packed, strict=True)).get(name) for name in INPUT_NAMES)
+    if scale is None:
+        raise FormatError(f"the weight has no {INPUT_NAMES[0]}, which its static input needs: quantize it again")
+    return InputParams(scale, zero)
+
+
+def empty_inputs(scheme: Scheme, device: str = "meta") -> InputParams | None:
+    """A range with the right shapes and dtypes and no values, None without a static input."""
+    spec = _static_input(scheme)
+    if spec is None:
+        return None
+    zero = torch.empty(1, dtype=torch.uint8, device=device) if spec.zero else None
+    return InputParams(torch.empty(1, dtype=torch.float32, device=device), zero)
+
+
+def _static_input(scheme: Scheme) -> TensorSpec | None:
+    """Numbers of the input if its range is stored with the weight."""
+    return scheme.input.tensor if scheme.input is not None and not scheme.input.dynamic else None

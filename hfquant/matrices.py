@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError
 from .experts import RoutedExperts, expert_projections, why_not_experts
+from .hadamard import hadamard
 from .stats import InputStats
 
 Seen = Callable[["Group", Tensor], None]
@@ -64,11 +65,7 @@ class Group:
 
     def basis(self, x: Tensor) -> Tensor:
         """The tokens `x` [T, K] in the basis that the weights are quantized in."""
-        if not self.rotated:
-            return x
-        from .hadamard import hadamard
-
-        return hadamard(x)
+        return hadamard(x) if self.rotated else x
 
     @property
     def name(self) -> str:
@@ -233,9 +230,6 @@ def watch(groups: list[Group], seen: Seen, mask: Callable[[], Tensor | None], st
             reached(id(group))
 
         return hook
-
-    def start(module: nn.Module, args: tuple) -> None:
-        missing.update([*map(id, waiting), *banks])
 
     missing.update([*map(id, waiting), *banks])
     for group in waiting:

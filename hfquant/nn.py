@@ -15,7 +15,7 @@ from .errors import FormatError
 from .layouts import LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
-from .spec import PackedSpec
+from .spec import InputSpec, PackedSpec, TensorSpec
 from .weight_view import WeightView
 
 _NUMBERS = "hfquant"  # entry of a state dict's metadata: what the codes of a layer mean
@@ -77,7 +77,7 @@ class PackedModule(nn.Module):
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Quantize new values [N, K] into this layer with the numbers it has."""
+        """Quantize new values [N, K] into this layer with the numbers it has; the range of a static input stays."""
         q = requantize(values.detach(), self.qtensor())
         for name, tensor in LAYOUTS.get(self.spec.layout).pack(q).items():
             current = self._parameters[name]
@@ -99,8 +99,8 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         """Refuse codes that mean other numbers: int4 and nf4 differ in nothing but what they stand for."""
         key = local_metadata.get(_NUMBERS)
-        if key is not None and PackedSpec.parse(key).scheme.weight != self.spec.scheme.weight:
-            found, held = (spec.scheme.weight for spec in (PackedSpec.parse(key), self.spec))
+        found, held = (_meaning(spec) for spec in (self.spec if key is None else PackedSpec.parse(key), self.spec))
+        if found != held:
             raise FormatError(f"{prefix[:-1]}: the state dict holds {found}, this layer {held}: quantize both alike")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -108,7 +108,15 @@ class PackedModule(nn.Module):
         """The shape and numbers of the weight."""
         weight = self.spec.scheme.weight
         blocks = f"({weight.blocks.rows}, {weight.blocks.cols})"
-        return f"{super().extra_repr()}, grid={weight.grid}, blocks={blocks}, layout={self.spec.layout}"
+        turned = ", rotated" if self.spec.rotated else ""
+        return f"{super().extra_repr()}, grid={weight.grid}, blocks={blocks}, layout={self.spec.layout}{turned}"
+
+
+def _meaning(spec: PackedSpec) -> tuple[TensorSpec, InputSpec | None, str]:
+    """What the packed tensors stand for: the numbers of the weight and of a static input, and their basis."""
+    given = spec.scheme.input
+    basis = "rotated" if spec.rotated else "not rotated"
+    return spec.scheme.weight, given if given is not None and not given.dynamic else None, basis
 
 
 @contextmanager

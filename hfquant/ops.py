@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .hadamard import inverse_hadamard
 from .kernel import run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
@@ -50,6 +51,7 @@ def _embedding(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.dtype)
     index = torch.where(index < 0, parsed.shape[0], index)  # indexing would count from the end: make it fail instead
     tensors = dict(zip(parsed.names, packed, strict=True))
     rows = LAYOUTS.get(parsed.layout).rows(tensors, index, parsed.shape, parsed.scheme.weight)
+    rows = inverse_hadamard(rows) if parsed.rotated else rows
     return rows.to(dtype).reshape(*ids.shape, parsed.shape[1])
 
 

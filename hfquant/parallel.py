@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .errors import UnsupportedError
 from .experts import QExperts
+from .layouts import INPUT_NAMES
 from .nn import PackedModule, QLinear
 from .spec import PackedSpec, TensorSpec
 
@@ -77,6 +78,8 @@ def _why_not_columns(spec: PackedSpec, ranks: int) -> str | None:
     part, width, bits = cols // ranks, weight.blocks.sides(spec.shape)[1], weight.numbers().bits
     if cols % ranks:
         return f"{cols} input features do not divide into {ranks} parts"
+    if spec.rotated:
+        return "it is quantized in a rotated basis of its input, which mixes all input features"
     if "order" in spec.names or spec.outliers:
         return "its input columns are reordered or partly kept in 16 bit"
     if width < cols and part % width:
@@ -89,8 +92,8 @@ def _why_not_columns(spec: PackedSpec, ranks: int) -> str | None:
 
 
 def _why_not_input(spec: PackedSpec, part: int) -> str | None:
-    """Ranges of the input are taken where the layer runs: on one rank's part of the features."""
-    if spec.scheme.input is None:
+    """Ranges of the input are taken where the layer runs, on one rank's part of the features, unless they are known."""
+    if spec.scheme.input is None or not spec.scheme.input.dynamic:
         return None
     width = spec.scheme.input.tensor.blocks.cols
     return None if width != -1 and part % width == 0 else "the ranges of its quantized input span all input features"
@@ -100,7 +103,7 @@ def kept_whole(spec: PackedSpec, style: str) -> list[str]:
     """Packed tensors that every rank needs in full: those without an axis to cut."""
     count = spec.scheme.weight.blocks.counts(spec.shape)[0 if style in _COLWISE else 1]
     shared = ("scale", "zero") if count == 1 else ()
-    return [name for name in spec.names if name in ("levels", "order", "outlier_index", *shared)]
+    return [name for name in spec.names if name in ("levels", "order", "outlier_index", *INPUT_NAMES, *shared)]
 
 
 def to_local_specs(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
+from .calibration_state import Settings
 from .config import HfQuantConfig
 from .coverage import Target, survey
+from .errors import HfQuantError
+from .estimate import estimate
 from .experts import expert_projections
+from .quantize import works_on_blocks
 from .recipe import Recipe
 from .report import Report, sizes, versions
 from .source import dtype_named, empty_model, original_config, stored_dtype
 from .swap import swap_in
 
+logger = logging.get_logger(__name__)
 
-def preview(src: str | Path, config: HfQuantConfig, dtype: str = "auto", revision: str | None = None) -> Report:
-    """The report of quantizing `src`, before doing it: same sizes and coverage, no time and no memory.
 
-    Outlier columns are counted by their share, so a method that finds them in the weights shows none. Raises SpecError.
+def preview(
+    src: str | Path,
+    config: HfQuantConfig,
+    dtype: str = "auto",
+    revision: str | None = None,
+    settings: Settings | None = None,
+) -> Report:
+    """The report of quantizing `src`, before doing it: same sizes and coverage.
+
+    For methods that work on blocks it has an estimate of the memory and the time, made by timing a few small matrices.
+    Outlier columns are counted by their share, so a method that finds them in the weights shows none. Raises SpecError,
+    and CalibrationError for calibration data that is not there.
     """
     model_config = original_config(src, revision)
     chosen = dtype_named(dtype) or stored_dtype(src, model_config, revision)
     model = empty_model(model_config, chosen)
     targets, coverage = survey(model, config.modules_to_not_convert, config.embeddings)
+    expected = _estimate(model, targets, config, settings) if works_on_blocks(config.recipe) and targets else None
     swap_in(model, targets, config.recipe, _outlier_counts(model, targets, config.recipe), wait=False)
     return Report(
         config.method,
@@ -33,7 +50,25 @@ def preview(src: str | Path, config: HfQuantConfig, dtype: str = "auto", revisio
         str(chosen).removeprefix("torch."),
         **sizes(model, coverage),
         versions=versions(config.plugins),
+        calibration=config.calibration,
+        estimate=expected,
     )
+
+
+def _estimate(
+    model: nn.Module, targets: list[Target], config: HfQuantConfig, settings: Settings | None
+) -> dict[str, Any] | None:
+    """Memory and time, or None, with a warning, for a model whose code cannot do without values."""
+    try:
+        return estimate(model, targets, config, settings).to_dict()
+    except HfQuantError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        logger.warning(
+            "no estimate of memory and time: %s cannot be run without its weights (%s: %s)",
+            *(type(model).__name__, type(error).__name__, error),
+        )
+        return None
 
 
 def _outlier_counts(model: nn.Module, targets: list[Target], recipe: Recipe) -> dict[str, int]:

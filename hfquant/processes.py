@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .stats import InputStats
+from .stats import SAMPLE, InputStats
 
 
 def world() -> int:
@@ -37,6 +37,16 @@ def merge(stats: InputStats) -> None:
         dist.all_reduce(counted.counts)
     for tensor, how in stats.tensors():
         dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    stats.sample = _rows_of_all(stats.sample)[:SAMPLE]
+
+
+def _rows_of_all(rows: Tensor) -> Tensor:
+    """The rows [S, K], at most `SAMPLE`, of all processes below each other."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    padded = [torch.zeros(SAMPLE, rows.shape[1]) for _ in counts]
+    dist.all_gather(padded, torch.cat([rows, rows.new_zeros(SAMPLE - len(rows), rows.shape[1])]))
+    return torch.cat([part[: int(count)] for part, count in zip(padded, counts, strict=True)])
 
 
 def total(value: float) -> float:
@@ -71,6 +81,11 @@ def gather_notes(notes: list[Any]) -> list[Any]:
     dist.all_gather(padded, torch.cat([mine, torch.zeros(longest - mine.numel(), dtype=torch.uint8)]))
     texts = [bytes(part[: int(size)].tolist()) for part, size in zip(padded, sizes, strict=True)]
     return [note for text in texts for note in json.loads(text)]
+
+
+def of_first(value: Any) -> Any:
+    """What process 0 gives as `value`, in plain JSON types."""
+    return gather_notes([value] if rank() == 0 else [])[0]
 
 
 def barrier() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .blocks import row_chunks
+from .hadamard import inverse_hadamard
 from .spec import TensorSpec
 
 
@@ -20,12 +21,21 @@ class Outliers:
 
 
 @dataclass(frozen=True)
+class InputParams:
+    """Grid parameters of a static input: `scale` [1] float32, and `zero` [1] uint8 or None. They hold for all of it."""
+
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class QTensor:
     """A matrix [N, K] as codes and grid parameters.
 
     `codes` [N, K] uint8; `scale` [R, C] as stored, or a QTensor [1, R * C]; `zero` [R, C] uint8 or None; `order` [K]
     int32 or None: stored column i is column order[i] of the matrix; `levels` [L] float32 for grids fitted to this
-    tensor; `outliers` replace their columns.
+    tensor; `outliers` replace their columns. `rotated`: all of this describes `hadamard(W)`, the matrix in the Hadamard
+    basis of its input, and x W^T is computed as hadamard(x) hadamard(W)^T where the input is quantized too.
     """
 
     codes: Tensor
@@ -35,6 +45,7 @@ class QTensor:
     spec: TensorSpec
     levels: Tensor | None = None
     outliers: Outliers | None = None
+    rotated: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,11 +63,12 @@ class QTensor:
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         scale = self.scale_values()
         for rows in row_chunks(self.shape):
-            out[rows] = self._values(rows, scale).to(dtype)
-        if self.order is not None:
-            out = torch.empty_like(out).index_copy_(1, self.order.long(), out)
-        if self.outliers is not None:
-            out.index_copy_(1, self.outliers.index.long(), self.outliers.weight.to(dtype))
+            values = self._values(rows, scale)
+            if self.order is not None:
+                values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
+            if self.outliers is not None:
+                values.index_copy_(1, self.outliers.index.long(), self.outliers.weight[rows].float())
+            out[rows] = (inverse_hadamard(values) if self.rotated else values).to(dtype)
         return out
 
     def _values(self, rows: slice, scale: Tensor) -> Tensor:

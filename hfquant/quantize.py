@@ -90,6 +90,11 @@ def works_on_blocks(recipe: Recipe) -> bool:
     return bool(recipe.transforms or needs(recipe))
 
 
+def for_table(recipe: Recipe) -> Recipe:
+    """The recipe for an embedding table, which is looked up and has no input to quantize."""
+    return replace(recipe, scheme=replace(recipe.scheme, input=None))
+
+
 def layout_of(recipe: Recipe) -> str:
     """Name of the layout that a recipe's weights are stored in."""
     return recipe.layout or default_layout(recipe.scheme.weight)

@@ -5,14 +5,18 @@ It defines what the fast kernels must compute; it is not fast.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layouts import unpack
-from .qtensor import Outliers
+from .hadamard import hadamard
+from .layouts import unpack, unpack_inputs
+from .qtensor import InputParams, Outliers
 from .ranges import absmax
 from .rounders import nearest
+from .scales import decode, encode
 from .spec import InputSpec, PackedSpec, TensorSpec
 from .stats import Stats
 
@@ -22,20 +26,31 @@ _INPUT = Stats("input")
 def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
     """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`.
 
-    With a quantized input the product is taken in float32, which stands in for exact integer accumulation.
+    With a quantized input the product is taken in float32, which stands in for exact integer accumulation, and of a
+    rotated weight in the basis that it is stored in: what is quantized is the rotated input.
     """
     q = unpack(packed, spec)
     if spec.scheme.input is None:
         return F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    seen = quantize_input(x.reshape(-1, x.shape[-1]).float(), spec.scheme.input, q.outliers)
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if q.rotated:
+        rows, q = hadamard(rows), replace(q, rotated=False)
+    seen = quantize_input(rows, spec.scheme.input, q.outliers, unpack_inputs(packed, spec))
     y = F.linear(seen, q.dequantize(), None if bias is None else bias.float())
     return y.reshape(*x.shape[:-1], spec.shape[0]).to(x.dtype)
 
 
-def quantize_input(x: Tensor, spec: InputSpec, outliers: Outliers | None) -> Tensor:
-    """What the layer sees of its input `x` [T, K] float32: quantized values, outlier columns as they are."""
+def quantize_input(x: Tensor, spec: InputSpec, outliers: Outliers | None, inputs: InputParams | None = None) -> Tensor:
+    """What the layer sees of its input `x` [T, K] float32: quantized values, outlier columns as they are.
+
+    `inputs` is the range of a static input.
+    """
     keep = outlier_columns(x, spec.split, outliers)
-    return torch.where(keep, x, round_trip(x.masked_fill(keep, 0), spec.tensor))
+    rest = x.masked_fill(keep, 0)
+    if spec.dynamic:
+        return torch.where(keep, x, round_trip(rest, spec.tensor))
+    assert inputs is not None
+    return torch.where(keep, x, static_round_trip(rest, spec.tensor, inputs))
 
 
 def outlier_columns(x: Tensor, split: float | None, outliers: Outliers | None) -> Tensor:
@@ -62,6 +77,17 @@ def round_trip(x: Tensor, spec: TensorSpec) -> Tensor:
     (peak,) = spec.blocks.reduce(x, lambda block: (block.abs().amax(1),))
     zero_or_nan = peak - peak
     return seen + spec.blocks.expand(zero_or_nan, (x.shape[0], x.shape[1]))
+
+
+def static_round_trip(x: Tensor, spec: TensorSpec, inputs: InputParams) -> Tensor:
+    """Quantize `x` [any shape] float32 with a calibrated range and dequantize again.
+
+    What lies beyond the range becomes its end. NaN and infinite values become NaN: clipping would hide an overflow.
+    """
+    grid, zero = spec.numbers(), None if inputs.zero is None else inputs.zero.float()
+    seen = decode(encode(x, inputs.scale, zero, grid), inputs.scale, zero, grid)
+    zero_or_nan = x - x
+    return seen + zero_or_nan
 
 
 def input_grad(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:

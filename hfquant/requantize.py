@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .codebooks import Codebook, FittedGrid
 from .columns import take_outliers
+from .hadamard import hadamard
 from .qtensor import QTensor
 from .quantize import check_finite
 from .ranges import Params, absmax
@@ -38,6 +39,10 @@ def requantize(w: Tensor, like: QTensor) -> QTensor:
     in the dtype of `w` count as unchanged and keep their codes. Raises WeightError on NaN.
     """
     check_finite(w, _NAMED.name)
+    if like.rotated:
+        plain = replace(like, rotated=False)
+        change = hadamard(w.float() - like.dequantize(w.dtype).float())  # 0 where nothing changed, as it must be
+        return replace(requantize(plain.dequantize() + change, plain), rotated=True)
     index = torch.empty(0, dtype=torch.int64, device=w.device)
     if like.outliers is not None:
         index = like.outliers.index.long()

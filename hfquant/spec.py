@@ -63,7 +63,8 @@ class TensorSpec:
 class InputSpec:
     """Quantization of a layer's input inside the layer.
 
-    `dynamic`: ranges come from the input itself at run time. `split`: columns that hold a magnitude of at least this
+    `dynamic`: ranges come from the input itself at run time; otherwise calibration found one for the whole input, which
+    is stored with the weight and clips what lies beyond it. `split`: columns that hold a magnitude of at least this
     stay in floating point (LLM.int8); which columns do is decided over all tokens of the call.
     """
 
@@ -72,10 +73,16 @@ class InputSpec:
     split: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.dynamic:
-            raise SpecError("static input ranges need calibration, which no installed method provides: use dynamic")
         if not isinstance(self.tensor.scale, str):
             raise SpecError("the scales of an input cannot be quantized")
+        blocks = self.tensor.blocks
+        if not self.dynamic and blocks != Blocks(-1, -1):
+            raise SpecError(
+                "a static range holds for the whole input, as tokens are not known in advance: use blocks (-1, -1) "
+                f"instead of ({blocks.rows}, {blocks.cols}), or dynamic=True"
+            )
+        if not self.dynamic and self.split is not None:
+            raise SpecError(f"split={self.split} is decided at run time, static ranges are not: use one of them")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -109,7 +116,7 @@ class PackedSpec:
     """Everything a kernel must know about a packed weight besides its tensors.
 
     `shape` is [N, K] of the matrix; `outliers` the number of columns kept in 16 bit; `names` the packed tensors in
-    the order in which ops receive them.
+    the order in which ops receive them. `rotated`: the codes are in the Hadamard basis of the input (see `QTensor`).
     """
 
     layout: str
@@ -117,11 +124,14 @@ class PackedSpec:
     scheme: Scheme
     names: tuple[str, ...]
     outliers: int = 0
+    rotated: bool = False
 
     def key(self) -> str:
         """Text form, the argument that ops take; `PackedSpec.parse` is its inverse and is cached."""
-        data = {"layout": self.layout, "shape": self.shape, "scheme": self.scheme.to_dict(), "names": self.names}
-        return json.dumps({**data, "outliers": self.outliers}, sort_keys=True, separators=(",", ":"))
+        scheme = self.scheme.to_dict()
+        data: dict[str, Any] = {"layout": self.layout, "shape": self.shape, "scheme": scheme, "names": self.names}
+        data |= {"outliers": self.outliers, "rotated": self.rotated}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -129,7 +139,8 @@ class PackedSpec:
         """Inverse of `key`."""
         data = json.loads(key)
         scheme = Scheme.from_dict(data["scheme"])
-        return PackedSpec(data["layout"], tuple(data["shape"]), scheme, tuple(data["names"]), data["outliers"])
+        shape, names = tuple(data["shape"]), tuple(data["names"])
+        return PackedSpec(data["layout"], shape, scheme, names, data["outliers"], data.get("rotated", False))
 
 
 def is_affine(spec: TensorSpec) -> bool:

@@ -18,7 +18,7 @@ NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT)
 _ROWS = 1 << 12  # tokens worked on at once
 _COLUMNS = 1 << 10  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
 
-_SAMPLE, _SAMPLE_EACH = 256, 64  # tokens kept of all, and of those that are added at once
+SAMPLE, _SAMPLE_EACH = 256, 64  # tokens kept of all, and of those that are added at once
 
 F = TypeVar("F", bound=Callable)
 
@@ -64,6 +64,7 @@ class InputStats:
         self.histogram = Histogram(name) if HISTOGRAM in needs else None
         self.sample = torch.zeros(0, features)
         self.memo: dict[Any, Any] = {}
+        self.last = False
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count the tokens `x` [T, K]; `original` [T, K] is what the original model sees there, for `drift`.
@@ -84,7 +85,7 @@ class InputStats:
                 "this data. Load it in bfloat16 or float32 (dtype=...), or look at the data"
             )
         self.memo.clear()
-        if (room := _SAMPLE - self.sample.shape[0]) > 0:
+        if (room := SAMPLE - self.sample.shape[0]) > 0:
             chosen = x[:: max(1, x.shape[0] // _SAMPLE_EACH)][: min(room, _SAMPLE_EACH)]
             self.sample = torch.cat([self.sample, chosen.to(self.sample.device)])
         self.tokens += x.shape[0]
@@ -107,8 +108,21 @@ class InputStats:
             mine, more = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += more
+        self.sample = torch.cat([self.sample, other.sample])[:SAMPLE]
+        self.memo.clear()
         if self.histogram is not None and other.histogram is not None:
             self.histogram.merge(other.histogram)
+
+    def take_gram(self) -> Tensor:
+        """The Gram matrix [K, K] float64 to work on in place: itself where nobody reads it later, else a copy.
+
+        It may be larger than the whole block of the model that it belongs to.
+        """
+        assert self.gram is not None
+        if not self.last:
+            return self.gram.clone()
+        gram, self.gram = self.gram, None
+        return gram
 
     def select(self, columns: Tensor) -> InputStats:
         """The statistics of some input columns [k] int64, as if the layer had no others."""

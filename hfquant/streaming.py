@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from transformers.utils import logging
 
 from . import processes
 from .backend import load_all
@@ -31,6 +32,8 @@ from .source import load_model
 from .swap import packed_modules, swap_in
 from .weights import Weights, local_files, skeleton
 
+logger = logging.get_logger(__name__)
+
 
 class Shards:
     """The store of a streamed run: blocks come from a checkpoint and go to the shards of a journal."""
@@ -38,10 +41,18 @@ class Shards:
     keeps = False
 
     def __init__(
-        self, model: nn.Module, weights: Weights, journal: Journal | None, config: HfQuantConfig, targets: list[Target]
+        self,
+        model: nn.Module,
+        weights: Weights,
+        folder: Path,
+        journal: Journal | None,
+        config: HfQuantConfig,
+        targets: list[Target],
     ) -> None:
         self.model, self.weights, self.journal, self.config = model, weights, journal, config
-        self.targets = targets
+        self.folder, self.targets = folder, targets
+        # All processes have to agree on what is finished; only the first one has the journal.
+        self.records = processes.of_first(None if journal is None else dict(journal.records))
         self.names: list[str] = []  # of the blocks, set when the chain is known
 
     def load(self, name: str) -> None:
@@ -50,16 +61,15 @@ class Shards:
 
     def finished(self, name: str) -> BlockFinding | None:
         """Read what an earlier run wrote for a block."""
-        record = None if self.journal is None else self.journal.records.get(name)
+        record = self.records.get(name)
         if record is None:
             return None
         for key in ("outlier_columns", "rotated"):
             _restore(getattr(self.config, key, None), record.get(key))
-        assert self.journal is not None
         mine = [target for target in self.targets if self._belongs(f"{target.name}.weight", name)]
         swap_in(self.model, mine, self.config.recipe, self.config.outlier_columns, False, self.config.rotated)
         if name != OUTSIDE:
-            _fill(self.model, self.journal.folder / record["shard"])
+            _fill(self.model, self.folder / record["shard"])
         return BlockFinding.from_dict(record["finding"])
 
     def finish(self, name: str, finding: BlockFinding) -> None:
@@ -144,16 +154,31 @@ def quantize_streamed(
         journal = Journal(folder, _request(config, files, settings, batches), resume)
     if settings.offload is not None:
         settings = replace(settings, offload=settings.offload / f"rank-{processes.rank()}")
-    store = Shards(model, Weights(model, files), journal, config, targets)
-    run = Calibration(model, targets, config, batches, store, settings, tick)
-    store.names = run.state.chain.names()
-    findings = run.run()
-    facts = {"coverage": coverage, **_sizes(journal, targets, model, coverage)} if writes else {}
-    if journal is not None:
-        _write_index(journal)
-        _write_config(model, config, folder)
-        journal.close()
+    try:
+        store = Shards(model, Weights(model, files), folder, journal, config, targets)
+        run = Calibration(model, targets, config, batches, store, settings, tick)
+        store.names = run.state.chain.names()
+        _say_where(journal, store.names)
+        findings = run.run()
+        facts = _sizes(journal, model, coverage)
+        if journal is not None:
+            _write_index(journal)
+            _write_config(model, config, folder)
+    finally:
+        if journal is not None:
+            journal.close()
     return findings, facts
+
+
+def _say_where(journal: Journal | None, names: Sequence[str]) -> None:
+    """Tell the user that an interrupted run goes on, which is done to the block that comes next."""
+    if journal is not None and journal.records:
+        done = sum(name in journal.records for name in names)
+        where = f"block {done + 1}" if done < len(names) else "what comes after the last"
+        logger.warning(
+            "going on at %s of %d: what an interrupted run finished is kept (resume=False, --no-resume starts over)",
+            *(where, len(names)),
+        )
 
 
 def join_processes() -> None:
@@ -190,12 +215,10 @@ def _request(
     return {**asked, "source": source, **how, "processes": processes.world(), "versions": known}
 
 
-def _sizes(journal: Journal | None, targets: list[Target], model: nn.Module, coverage: Coverage) -> dict[str, Any]:
-    """Bits, megabytes: the packed modules hold empty tensors of the right shapes by now."""
-    assert journal is not None
-    found = sizes(model, coverage)
-    written = sum(sum(record["tensors"].values()) for record in journal.records.values())
-    return {**found, "mb_after": written / 1e6}
+def _sizes(journal: Journal | None, model: nn.Module, coverage: Coverage) -> dict[str, Any]:
+    """Bits, megabytes, coverage: the packed modules hold empty tensors of the right shapes by now."""
+    written = journal and sum(sum(record["tensors"].values()) for record in journal.records.values())
+    return {**sizes(model, coverage), "mb_after": processes.of_first(written) / 1e6}
 
 
 def _write_index(journal: Journal) -> None:

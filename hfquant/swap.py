@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .coverage import Target, aliases
 from .experts import QExperts, expert_projections, to_packed_experts
 from .nn import PackedModule, QEmbedding, QLinear, adopt
-from .quantize import choose_columns, pack, pack_empty, quantize_linear
+from .quantize import choose_columns, for_table, pack, pack_empty, quantize_linear
 from .recipe import Recipe
 from .stats import Stats
 
@@ -24,41 +24,57 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule | QExpe
             yield name, module
 
 
-def swap_in(model: nn.Module, targets: Iterable[Target], recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
+def swap_in(
+    model: nn.Module,
+    targets: Iterable[Target],
+    recipe: Recipe,
+    outliers: dict[str, int],
+    wait: bool,
+    rotated: Collection[str] = (),
+) -> None:
     """Replace each target by a packed module with empty tensors on the meta device.
 
     `outliers`: number of 16-bit columns by "module" or "module.projection". `wait`: keep full-precision placeholders
-    beside them, for weights that arrive unquantized.
+    beside them, for weights that arrive unquantized. `rotated`: names of the weights that are quantized in the Hadamard
+    basis of their input, as in `outliers`.
     """
     for target in targets:
         module = model.get_submodule(target.name)
         if target.kind == "experts":
-            kept = {leaf: _kept(model, f"{target.name}.{leaf}", outliers) for leaf in expert_projections(module)}
-            _swap_experts(module, recipe, kept, wait)
+            names = {leaf: f"{target.name}.{leaf}" for leaf in expert_projections(module)}
+            facts = {leaf: _Facts(model, name, outliers, rotated) for leaf, name in names.items()}
+            _swap_experts(module, recipe, facts, wait)
         else:
-            _swap_matrix(model, target, module, recipe, _kept(model, target.name, outliers), wait)
+            _swap_matrix(model, target, module, recipe, _Facts(model, target.name, outliers, rotated), wait)
 
 
-def _kept(model: nn.Module, name: str, outliers: dict[str, int]) -> int:
-    """Number of 16-bit columns recorded for a weight, under any of the names it may have in a checkpoint."""
-    return next((outliers[alias] for alias in aliases(model, name) if alias in outliers), 0)
+class _Facts:
+    """What is recorded of a weight, under any of the names it may have in a checkpoint.
+
+    `outliers`: number of its 16-bit columns; `rotated`: whether its codes are in the Hadamard basis of its input.
+    """
+
+    def __init__(self, model: nn.Module, name: str, outliers: dict[str, int], rotated: Collection[str]) -> None:
+        names = aliases(model, name)
+        self.outliers = next((outliers[alias] for alias in names if alias in outliers), 0)
+        self.rotated = any(alias in rotated for alias in names)
 
 
-def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recipe, outliers: int, wait: bool) -> None:
+def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recipe, facts: _Facts, wait: bool) -> None:
     weight = old.weight
     assert isinstance(weight, Tensor)
     dtype = weight.dtype
     new: PackedModule
     if isinstance(old, nn.Embedding):
         new = QEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, dtype)
-        shape = (old.num_embeddings, old.embedding_dim)
+        shape, recipe = (old.num_embeddings, old.embedding_dim), for_table(recipe)
     else:
         rows, cols = reversed(weight.shape) if target.kind == "conv1d" else weight.shape
         shape = (rows, cols)
         bias = old._parameters.get("bias")
         new = QLinear(cols, rows, bias, dtype)
     new.kind = target.kind
-    new.hold(*pack_empty(shape, recipe, dtype, outliers))
+    new.hold(*pack_empty(shape, recipe, dtype, facts.outliers, facts.rotated))
     if wait:
         new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     mark_initialized(new)
@@ -66,7 +82,7 @@ def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recip
     setattr(model.get_submodule(parent), leaf, adopt(new, old))
 
 
-def _swap_experts(module: nn.Module, recipe: Recipe, outliers: dict[str, int], wait: bool) -> None:
+def _swap_experts(module: nn.Module, recipe: Recipe, facts: dict[str, _Facts], wait: bool) -> None:
     projections = expert_projections(module)
     weights = {projection: module._parameters[projection] for projection in projections}
     first = weights[projections[0]]
@@ -76,7 +92,8 @@ def _swap_experts(module: nn.Module, recipe: Recipe, outliers: dict[str, int], w
         assert weight is not None
         count, rows, cols = weight.shape
         shape = (cols, rows) if experts.is_transposed else (rows, cols)
-        packed, spec = pack_empty(shape, recipe, weight.dtype, outliers[projection])
+        found = facts[projection]
+        packed, spec = pack_empty(shape, recipe, weight.dtype, found.outliers, found.rotated)
         experts.hold(projection, {key: t.expand(count, *t.shape) for key, t in packed.items()}, spec)
         if not wait:
             del experts._parameters[projection]
@@ -99,6 +116,7 @@ def quantize_into(
     if isinstance(module, PackedModule):
         if module.kind == "conv1d":
             w = w.T
+        recipe = for_table(recipe) if module.kind == "embedding" else recipe
         packed, spec = pack(quantize_linear(w.contiguous(), recipe, stats), recipe)
         module.hold({name: value.to("meta") for name, value in packed.items()}, spec)
         return packed

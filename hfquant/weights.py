@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from .errors import FormatError, SpecError
+from .pages import release_mapped
 from .source import model_class
 
 
@@ -57,6 +58,7 @@ class Weights:
 
     def __init__(self, model: PreTrainedModel, files: Sequence[Path]) -> None:
         self.model = model
+        self.ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         name_of = _final_names(model)
         self.places: dict[str, list[tuple[Path, str]]] = defaultdict(list)
         for file in files:
@@ -85,9 +87,19 @@ class Weights:
             name, found, expected = next(iter(info.mismatched_keys))
             raise FormatError(f"{name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
         self.model.tie_weights()
+        self._copy_untied(wanted)
         missing = [n for n, p in self.model.named_parameters() if p.is_meta and wanted(n)]
         if missing:
             raise FormatError(f"the checkpoint is incomplete: no file holds {', '.join(missing[:4])}")
+
+    def _copy_untied(self, wanted: Callable[[str], bool]) -> None:
+        """Give parameters that the checkpoint ties, and a transform took apart since, values of their own."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for end, source in self.ties.items():
+            if wanted(end) and {end, source} <= parameters.keys() and parameters[end].is_meta:
+                owner, _, leaf = end.rpartition(".")
+                value = nn.Parameter(parameters[source].data.clone(), requires_grad=False)
+                self.model.get_submodule(owner)._parameters[leaf] = value
 
     def free(self, wanted: Callable[[str], bool]) -> None:
         """Forget the values of parameters whose name is `wanted`."""
@@ -108,9 +120,14 @@ def _keys(file: Path) -> list[str]:
 
 def _read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors in memory of their own: pages of a mapped file would stay resident."""
+    found = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name).clone() for name in names}
+            for name in names:
+                mapped = opened.get_tensor(name)
+                found[name] = mapped.clone()
+                release_mapped(mapped)
+        return found
     except SafetensorError as error:
         raise FormatError(f"{file} is damaged: {error}") from error
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import HfQuantError, SpecError
+from ..errors import CalibrationError, HfQuantError, SpecError
 from .backends import backends_command
 from .demo import demo_command
 from .doctor import doctor_command
@@ -40,7 +40,7 @@ class CleanErrors(TyperGroup):
                 traceback.print_exc()
             else:
                 error(str(problem))
-            raise typer.Exit(2 if isinstance(problem, SpecError) else 1) from problem
+            raise typer.Exit(2 if isinstance(problem, SpecError | CalibrationError) else 1) from problem
 
 
 app = typer.Typer(

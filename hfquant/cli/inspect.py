@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from ..inspection import Inspection, LayerInfo, inspect_checkpoint
+from .findings import data_line, percent, show_findings
 from .output import coverage_table, print_json, stdout, table
+from .plot import check_plot, plot_findings
 
 
 def inspect_command(
@@ -16,10 +19,17 @@ def inspect_command(
     reference: Annotated[
         str | None, typer.Option(help="The original model: adds each layer's error, worst first.", show_default=False)
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what calibration found, as .png, .svg or .pdf.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show each layer's grid, blocks, layout and size, and its error against the original."""
+    """Show each layer's grid, blocks, layout and size, its error against the original, and what calibration found."""
+    if plot is not None:
+        check_plot(plot)
     found = inspect_checkpoint(path, reference)
+    if plot is not None:
+        plot_findings(found, plot, path)
     if json:
         print_json(found.to_dict())
     else:
@@ -35,32 +45,52 @@ def _show(found: Inspection, with_errors: bool) -> None:
     layers = [_cells(layer) for layer in found.layers]
     first = layers[0]
     shared = [name for name in SHAREABLE if len(layers) > 1 and all(cells[name] == first[name] for cells in layers)]
+    hidden = {*shared, *([] if with_errors else ["error"]), *([] if found.blocks else ["output"])}
     out = stdout()
     common = "".join(f", {name} {first[name]}" for name in shared if first[name] != NOTHING)
     out.print(f"[bold]{escape(found.method)}[/]: {len(layers)} layers{escape(common)}\n")
-    shown = [name for name in first if name not in shared and (with_errors or name != "error")]
-    made = table(*shown, right=("error", "bits", "MB", "kept"))
+    shown = [name for name in first if name not in hidden]
+    made = table(*shown, right=("error", "output", "bits", "MB", "kept"))
     for cells in layers:
         made.add_row(*(cells[name] for name in shown))
     out.print(made)
     out.print("\nbits: per weight, scales included   kept: input columns in 16 bit", style="dim")
     if with_errors:
         out.print("error: |W - W'| / |W|, worst layer first", style="dim")
+    if found.blocks:
+        out.print("output: |x (W - W')| / |x W| on calibration data", style="dim")
     out.print()
+    _show_calibration(found)
     out.print(coverage_table(found.coverage))
+
+
+def _show_calibration(found: Inspection) -> None:
+    """What the report beside the model tells, or that there is none."""
+    out = stdout()
+    data = data_line(found.calibration)
+    if data is not None:
+        out.print(f"Calibrated on {escape(data)}\n")
+    if found.blocks:
+        show_findings(out, found.blocks, worst=0)
+        out.print()
+    elif found.blocks is None:
+        out.print(
+            "No report beside the model: `hfquant quantize` writes one, `save_pretrained` does not.\n", style="dim"
+        )
 
 
 def _cells(layer: LayerInfo) -> dict[str, str]:
     """What is shown of a layer, by heading."""
     return {
         "error": "" if layer.error is None else f"{layer.error:.3%}",
+        "output": "" if layer.output_error is None else percent(layer.output_error),
         "layer": layer.name.removeprefix("model."),
         "shape": "×".join(map(str, layer.shape if layer.count == 1 else (layer.count, *layer.shape))),
         "grid": layer.grid,
         "input": layer.input or NOTHING,
         "block": layer.blocks,
         "scale": layer.scale,
-        "layout": layer.layout,
+        "layout": f"{layer.layout}, rotated" if layer.rotated else layer.layout,
         "bits": f"{layer.bits_per_weight:.3f}",
         "MB": f"{layer.mb:.3f}",
         "kept": str(layer.outlier_columns or NOTHING),

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..backend import load_all
-from ..config import HfQuantConfig
+from ..config import HfQuantConfig, read_recipe
+from ..data import kind_of
 from ..errors import SpecError
+from ..quantize import works_on_blocks
 from ..recipe import PRESETS
 
 # What a config holds besides the options of its method, and where the command line takes it.
-OTHERS = {"method": "--method", "modules_to_not_convert": "--skip", "embeddings": "--embeddings"}
+DATA = {
+    "data": "--data",
+    "samples": "--samples",
+    "length": "--length",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "column": "--column",
+    "split": "--split",
+    "packing": "--no-packing",
+}
+OTHERS = {"method": "--method", "modules_to_not_convert": "--skip", "embeddings": "--embeddings", **DATA}
+# What only some forms of data have.
+_ONLY_FOR = {"split": ("dataset",), "column": ("dataset", "file"), "packing": ("dataset", "file")}
 
 
 def parse_value(text: str) -> Any:
@@ -40,26 +55,60 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def build_config(
-    method: str,
+    method: str | None = None,
     bits: int | None = None,
     skip: Sequence[str] = (),
     embeddings: bool = False,
     pairs: Sequence[str] = (),
+    recipe: Path | None = None,
+    data: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> HfQuantConfig:
-    """The config of a command line; options that are None were not given.
+    """The config of a command line; options that are None were not given, and neither is `data`, how to read it.
 
-    `skip`: none of them leaves the default (the output layer), "none" alone skips nothing. Raises SpecError.
+    `recipe`: a file with a method and options, of which those that are given take the place. `skip`: none of them
+    leaves the default (the output layer), "none" alone skips nothing. Raises SpecError.
     """
     given = {key: value for key, value in options.items() if value is not None}
     extra = parse_options(pairs)
     if doubled := sorted(given.keys() & extra.keys()):
         raise SpecError(f"{doubled[0]!r} is given twice: by its own option and by --option")
-    chosen = given | extra
+    chosen: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    if recipe is not None and method is not None:
+        raise SpecError(f"the recipe {recipe} has a method ({chosen['method']}): leave --method out")
+    method = chosen.pop("method", method or "int4")
+    chosen |= given | extra
+    how = {key: value for key, value in (data or {}).items() if value is not None}
     if bits is not None:
         method, chosen = with_bits(method, bits, chosen)
-    modules = None if not skip else [] if list(skip) == ["none"] else list(skip)
-    return HfQuantConfig(method, modules_to_not_convert=modules, embeddings=embeddings, **chosen)
+    if skip:
+        chosen["modules_to_not_convert"] = [] if list(skip) == ["none"] else list(skip)
+    if embeddings:
+        chosen["embeddings"] = True
+    config = HfQuantConfig(method, **chosen | how)
+    _check_data_options(config, how)
+    return config
+
+
+def _check_data_options(config: HfQuantConfig, given: Mapping[str, Any]) -> None:
+    """Raise SpecError for options that would say how to read data, and would have no effect."""
+    refuse_without_blocks(config, [DATA[name] for name in given])
+    if not given or config.data.data is None:
+        return
+    kind = kind_of(config.data.data)
+    if "column" in given and kind == "file" and Path(config.data.data).suffix.lower() not in (".json", ".jsonl"):
+        raise SpecError(f"--column is of a dataset or a JSON file, {config.data.data} is one text: leave it out")
+    for name, kinds in _ONLY_FOR.items():
+        if name in given and kind not in kinds:
+            what = {"self": "text that the model writes", "file": "a file"}.get(kind, kind)
+            raise SpecError(f"{DATA[name]} is for {' and '.join(kinds)}s, the data is {what}: leave it out")
+
+
+def refuse_without_blocks(config: HfQuantConfig, flags: Sequence[str]) -> None:
+    """Raise SpecError if `flags`, which say how to calibrate, are given for a method that does not."""
+    if flags and not works_on_blocks(config.recipe):
+        names = ", ".join(flags)
+        raise SpecError(f"method {config.method!r} looks at the weights alone and is not calibrated: leave out {names}")
 
 
 def with_bits(method: str, bits: int, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -72,7 +121,8 @@ def with_bits(method: str, bits: int, options: dict[str, Any]) -> tuple[str, dic
         return f"{method}{bits}", options
     if "bits" in inspect.signature(PRESETS.get(method)).parameters:
         return method, {**options, "bits": bits}
-    found = HfQuantConfig(method, **options).recipe.scheme.weight.numbers().bits
+    plain = {name: value for name, value in options.items() if name not in OTHERS}
+    found = HfQuantConfig(method, **plain).recipe.scheme.weight.numbers().bits
     if found != bits:
         family = method.rstrip("0123456789")
         other = f"{family}{bits}"

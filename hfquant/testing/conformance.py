@@ -24,6 +24,7 @@ from ..recipe import PRESETS, Recipe
 from .kernel_checks import check_kernel
 from .model_checks import MODELS, check_models
 from .report import ConformanceError, Report
+from .tiny import VOCABULARY
 from .weight_checks import check_weights
 
 # Recipes of the core whose layouts a kernel may be for, tried where its own backend has no method.
@@ -69,6 +70,15 @@ def _of(name: str) -> tuple[list[str], tuple[Kernel, ...]]:
     return [name], ()
 
 
+def _config(method: str, options: dict[str, Any]) -> HfQuantConfig:
+    """The config of a method; one that calibrates gets random tokens, which every tiny model knows."""
+    config = HfQuantConfig(method, **options)
+    if not config.needs_data:
+        return config
+    tokens = torch.randint(3, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(0))
+    return HfQuantConfig(method, **options, data=[tokens])
+
+
 def _check(
     report: Report,
     methods: list[str],
@@ -80,7 +90,7 @@ def _check(
     configs: dict[str, HfQuantConfig] = {}
     recipes: list[Recipe] = []
     for method in methods:
-        config = report.run(method, "has a recipe", partial(HfQuantConfig, method, **options))
+        config = report.run(method, "has a recipe", partial(_config, method, options))
         if config is None:
             continue
         recipes.append(config.recipe)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..kernel import Kernel
-from ..layouts import unpack
-from ..quantize import pack, quantize_linear
+from ..layouts import unpack, unpack_inputs
+from ..quantize import quantize_linear
 from ..recipe import Recipe
 from ..reference import linear as reference_linear
 from ..spec import PackedSpec
 from .report import NotRun, Report, require
-from .weight_checks import DTYPES, sample, stats_for
+from .weight_checks import DTYPES, pack_sample, sample, stats_for
 
 SHAPES = ((48, 176), (64, 64), (7, 33))
 LEADS = ((26,), (1,), (2, 13), (), (0,))  # shapes of the input in front of its last axis; the last one holds no token
@@ -37,7 +37,7 @@ def agrees(kernel: Kernel, recipes: list[Recipe], dtype: torch.dtype) -> None:
     for recipe in recipes:
         for shape in SHAPES:
             w = sample(shape)
-            packed, spec = pack(quantize_linear(w, recipe, stats_for(w)), recipe)
+            packed, spec = pack_sample(quantize_linear(w, recipe, stats_for(w, recipe)), recipe)
             if reason := _why_not(kernel, spec, dtype, device):
                 reasons.append(reason)
                 continue
@@ -80,8 +80,9 @@ def allowed(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSp
     bound = (2 * torch.finfo(dtype).eps + x.shape[-1] * torch.finfo(torch.float32).eps) * size
     if spec.scheme.input is not None:
         levels = spec.scheme.input.tensor.numbers().levels()
-        span = float(levels.diff().max() / levels.abs().max())
-        bound = bound + span * x.abs().amax(-1, keepdim=True) * w.amax(1)
+        static = unpack_inputs(packed, spec)
+        unit = x.abs().amax(-1, keepdim=True) / levels.abs().max() if static is None else static.scale
+        bound = bound + float(levels.diff().max()) * unit * w.amax(1)
     return bound + 1e-30
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightError
+from ..input_ranges import input_params
 from ..layouts import LAYOUTS, unpack
 from ..nn import QLinear
 from ..qtensor import QTensor
-from ..quantize import check_recipe, pack, pack_empty, quantize_linear
+from ..quantize import check_recipe, needs, pack, pack_empty, quantize_linear
 from ..recipe import Recipe
-from ..stats import Stats
+from ..spec import PackedSpec
+from ..stats import InputStats, Stats
 from .report import Report, require
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,14 +51,27 @@ def weights() -> Iterator[tuple[str, Tensor]]:
         )
 
 
-def stats_for(w: Tensor) -> Stats:
-    """What a recipe may want to know about a layer."""
-    return Stats(LAYER, torch.linspace(0.5, 1.5, w.shape[1]))
+def stats_for(w: Tensor, recipe: Recipe) -> Stats:
+    """What a recipe may want to know about a layer; with calibration, of fewer tokens than the layer has inputs."""
+    what = needs(recipe)
+    inputs = InputStats(w.shape[1], what, LAYER) if what else None
+    if inputs is not None:
+        x = sample((32, w.shape[1]), seed=3)
+        inputs.add(x + x.roll(1, 1), 1.1 * (x + x.roll(1, 1)))
+    return Stats(LAYER, torch.linspace(0.5, 1.5, w.shape[1]), inputs)
 
 
 def quantized(w: Tensor, recipe: Recipe) -> QTensor:
     """A copy of `w` [N, K], quantized."""
-    return quantize_linear(w.clone(), recipe, stats_for(w))
+    return quantize_linear(w.clone(), recipe, stats_for(w, recipe))
+
+
+def pack_sample(q: QTensor, recipe: Recipe) -> tuple[dict[str, Tensor], PackedSpec]:
+    """Pack a weight; a static input gets a range that clips the tails of normal values."""
+    given = recipe.scheme.input
+    if given is None or given.dynamic:
+        return pack(q, recipe)
+    return pack(q, recipe, input_params(-3.0, 3.0, given.tensor))
 
 
 def check_weights(report: Report, subject: str, recipe: Recipe) -> bool:
@@ -96,7 +111,7 @@ def input_is_left_alone(recipe: Recipe) -> None:
     """Quantizing must not write into the weight."""
     w = sample(SHAPES[0])
     before = w.clone()
-    quantize_linear(w, recipe, stats_for(w))
+    quantize_linear(w, recipe, stats_for(w, recipe))
     require(torch.equal(w, before), "quantizing changed the weight that it was given")
 
 
@@ -104,9 +119,9 @@ def same_result_twice(recipe: Recipe) -> None:
     """The result depends on the weight alone: not on random numbers, not on what was quantized before."""
     for what, w in weights():
         torch.manual_seed(0)
-        first, _ = pack(quantized(w, recipe), recipe)
+        first, _ = pack_sample(quantized(w, recipe), recipe)
         torch.manual_seed(1)
-        second, _ = pack(quantized(w, recipe), recipe)
+        second, _ = pack_sample(quantized(w, recipe), recipe)
         require(_same(first, second), f"two runs differ for a weight that is {what}")
 
 
@@ -114,18 +129,18 @@ def unpack_inverts_pack(recipe: Recipe) -> None:
     """Codes, scales and zero points are stored and read exactly, and stored again as the same bytes."""
     for what, w in weights():
         q = quantized(w, recipe)
-        packed, spec = pack(q, recipe)
+        packed, spec = pack_sample(q, recipe)
         back = unpack(list(packed.values()), spec)
         for part in different(q, back):
             require(False, f"{part} changed in pack and unpack for a weight that is {what}")
-        again, _ = pack(back, recipe)
+        again, _ = pack_sample(back, recipe)
         require(_same(packed, again), f"packing twice gives other bytes for a weight that is {what}")
 
 
 def shapes_are_known_in_advance(recipe: Recipe) -> None:
     """A reload prepares empty tensors: they must have the shapes and dtypes of the real ones."""
     for what, w in weights():
-        real, spec = pack(quantized(w, recipe), recipe)
+        real, spec = pack_sample(quantized(w, recipe), recipe)
         empty, planned = pack_empty((w.shape[0], w.shape[1]), recipe, w.dtype, spec.outliers)
         require(planned == spec, f"planned {planned} and got {spec} for a weight that is {what}")
         expected = {name: (tuple(value.shape), value.dtype) for name, value in empty.items()}
@@ -136,7 +151,7 @@ def shapes_are_known_in_advance(recipe: Recipe) -> None:
 def rows_are_rows(recipe: Recipe) -> None:
     """Reading some rows (an embedding) gives what reading all gives."""
     for w in (sample(SHAPES[0]), sample(SHAPES[1])):
-        packed, spec = pack(quantized(w, recipe), recipe)
+        packed, spec = pack_sample(quantized(w, recipe), recipe)
         index = torch.tensor([3, 0, 3, 6])
         rows = LAYOUTS.get(spec.layout).rows(packed, index, spec.shape, spec.scheme.weight)
         expected = unpack(list(packed.values()), spec).dequantize()[index]
@@ -161,7 +176,7 @@ def input_gradient(recipe: Recipe) -> None:
     for shape in SHAPES[:2]:
         q = quantized(sample(shape), recipe)
         layer = QLinear(shape[1], shape[0], None, torch.float32)
-        layer.hold(*pack(q, recipe))
+        layer.hold(*pack_sample(q, recipe))
         x = sample((5, shape[1]), seed=1).requires_grad_()
         grad = sample((5, shape[0]), seed=2)
         layer(x).backward(grad)
