@@ -40,9 +40,9 @@ def through_json(config: HfQuantConfig) -> HfQuantConfig:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("nf5", {}, r"unknown method 'nf5'\. Did you mean 'nf4'\? Installed are dynamic3, .*int8, nf4"),
+        ("nf5", {}, r"unknown method 'nf5'\. Did you mean 'nf4'\? Installed are .*dynamic3, .*int8, nf4"),
         ("int4", {"grop_size": 64}, r"method 'int4' has no option 'grop_size': its options are block_size, group_size"),
-        ("int4", {"range": "msee"}, r"unknown range 'msee'\. Did you mean 'mse'\? Installed are absmax, kl, mse, perc"),
+        ("int4", {"range": "msee"}, r"unknown range 'msee'\. Did you mean 'mse'\? Installed are absmax, .*mse, perc"),
         ("int4", {"range": {"name": "mse", "nrm": 1}}, r"range 'mse' has no option 'nrm': its options are norm, steps"),
         ("int4", {"range": {"norm": 2}}, r'a step is a name or \{"name": \.\.\., options\}'),
         ("int4", {"scale_dtype": "int8"}, r"scales are stored as float32, float16, bfloat16"),
@@ -175,7 +175,17 @@ def test_other_format_version_is_refused(version: Any) -> None:
         HfQuantConfig.from_dict(stored(format_version=version))
 
 
-@pytest.mark.parametrize("name", [name for name in stored() if name not in ("quant_method", "format_version")])
+UNNAMED = ("quant_method", "format_version", "calibration", "rotated")  # the last two are younger than the format
+
+
+@pytest.mark.parametrize("name", ["calibration", "rotated"])
+def test_checkpoint_from_before_a_field_still_loads(name: str) -> None:
+    data = stored()
+    del data[name]
+    assert HfQuantConfig.from_dict(data) == HfQuantConfig.from_dict(stored())
+
+
+@pytest.mark.parametrize("name", [name for name in stored() if name not in UNNAMED])
 def test_missing_field_is_named(name: str) -> None:
     data = stored()
     del data[name]

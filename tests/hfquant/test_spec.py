@@ -86,7 +86,14 @@ def test_only_integer_grids_are_affine() -> None:
             lambda: TensorSpec("int4", Blocks(1, 64), scale=TensorSpec("uint8", Blocks(1, 256), zero=True)),
             "without a zero point: give their spec zero=False",
         ),
-        (lambda: InputSpec(TensorSpec("int8", Blocks(1, -1)), dynamic=False), "use dynamic"),
+        (
+            lambda: InputSpec(TensorSpec("int8", Blocks(1, -1)), dynamic=False),
+            r"blocks \(-1, -1\) instead",
+        ),
+        (
+            lambda: InputSpec(TensorSpec("int8", Blocks(-1, -1)), dynamic=False, split=6.0),
+            "at run time",
+        ),
         (
             lambda: InputSpec(TensorSpec("int8", Blocks(1, -1), scale=TensorSpec("uint8", Blocks(1, 256)))),
             "scales of an input cannot be quantized",
