@@ -11,11 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check format test test-gpu bench wheel clean
+.PHONY: help venv demo check format test test-gpu bench bench-peers wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  %-10s %s\n' "$$name" "$$text"; done
+		printf '  %-12s %s\n' "$$name" "$$text"; done
 
 venv: $(STAMP)  ## create .venv with the tested versions and hfquant itself, editable
 
@@ -47,7 +47,11 @@ test-gpu: venv  ## the test suite, on a machine that must have a CUDA device
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: venv  ## the measurements; rewrites benchmarks/results
-	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+	for script in $(filter-out benchmarks/peers.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python "$$script" || exit 1; done
+
+bench-peers: venv  ## the comparison with other packages, which need environments: benchmarks/peers/README.md
+	$(BIN)/python benchmarks/peers.py
 
 # setuptools reuses build/lib, so a deleted module would come back in the wheel.
 wheel: venv  ## build dist/hfquant-*.whl

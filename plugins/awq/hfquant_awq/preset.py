@@ -32,7 +32,7 @@ def awq(
             raise SpecError(f"{name} is True or False, got {value!r}")
     blocks = group_blocks(None, group_size, 128)
     numbers, zero = _numbers(bits, symmetric, grid)
-    weight = TensorSpec(numbers, blocks, zero, "float32" if blocks.cols == -1 else "bfloat16")
+    weight = TensorSpec(numbers, blocks, zero, "float32" if blocks.cols == -1 else "float16")
     found = Step("awq_clip") if clip else Step("absmax")
     return Recipe(Scheme(weight), found, step(rounder), transforms=(Step("awq", {"duo": duo}),))
 
