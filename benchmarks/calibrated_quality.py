@@ -15,7 +15,6 @@ import platform
 import random
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +64,7 @@ def rows() -> dict[str, Row]:
         clipped = 0.44 if bits == 3 else None
         rotated = 0.43 if bits == 4 else None
         found[f"w{bits} g64 gptq absmax"] = Row("gptq", {**asked, "range": "absmax"}, base=base, bar=gptq)
+        found[f"w{bits} g64 gptq one sweep of codes off"] = Row("gptq", {**asked, "sweeps": 0}, base=base)
         found[f"w{bits} g64 gptq"] = Row("gptq", asked, base=base, bar=clipped or gptq)
         found[f"w{bits} g64 gptq gptaq"] = Row("gptq", {**asked, "gptaq": 0.25}, base=base)
         found[f"w{bits} g64 rotate + gptq"] = Row("gptq", {**asked, "transform": ROTATION}, base=base, bar=rotated)
@@ -95,15 +95,13 @@ def calibration(tokenizer: Any, files: list[Any], seed: int) -> list[Tensor]:
     return [torch.tensor(ids[: SAMPLES * LENGTH]).reshape(SAMPLES, LENGTH)]
 
 
-def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> tuple[float, float]:
-    """KL of a row, and the seconds it took to load and quantize."""
+def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> float:
+    """KL of a row."""
     config = HfQuantConfig(row.method, **row.options)
     if config.needs_data:
         config = HfQuantConfig(row.method, **row.options, data=data, samples=SAMPLES, length=LENGTH, batch_size=16)
-    started = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
-    seconds = time.perf_counter() - started
-    return reference.compare(model).kl, seconds
+    return reference.compare(model).kl
 
 
 def variants(folder: Path, seed: int) -> dict[str, Path]:
@@ -124,7 +122,6 @@ def main() -> None:
     size = len(text) // len(SEEDS)
     table = rows()
     kl: dict[str, list[float]] = {name: [] for name in table}
-    seconds: dict[str, list[float]] = {name: [] for name in table}
     with tempfile.TemporaryDirectory() as name:
         for seed in SEEDS:
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
@@ -132,17 +129,15 @@ def main() -> None:
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
             sources, data = variants(Path(name), seed), calibration(tokenizer, files, seed)
             for label, row in table.items():
-                found, took = measure(reference, sources[row.variant], row, data)
-                kl[label].append(found)
-                seconds[label].append(took)
-                print(f"seed {seed}  {label:38s} {found:9.5f}  {took:5.1f} s", flush=True)
-    lines = {label: line(row, label, kl, seconds) for label, row in table.items()}
+                kl[label].append(measure(reference, sources[row.variant], row, data))
+                print(f"seed {seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)
+    lines = {label: line(row, label, kl) for label, row in table.items()}
     RESULT.write_text(json.dumps({**facts(), "rows": lines}, indent=1) + "\n")
     missed = show(lines)
     sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 
 
-def line(row: Row, label: str, kl: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def line(row: Row, label: str, kl: dict[str, list[float]]) -> dict[str, Any]:
     """One line of the result."""
     ratio = None if row.base is None else mean(kl[label]) / mean(kl[row.base])
     return {
@@ -154,7 +149,6 @@ def line(row: Row, label: str, kl: dict[str, list[float]], seconds: dict[str, li
         "base": row.base,
         "ratio": ratio,
         "bar": row.bar,
-        "seconds": mean(seconds[label]),
     }
 
 
@@ -174,11 +168,11 @@ def facts() -> dict[str, Any]:
 def show(lines: dict[str, dict[str, Any]]) -> list[str]:
     """Print the table; the labels of the bars that were missed."""
     missed = []
-    print(f"\n{'':38s} {'KL':>9s} {'ratio':>7s} {'bar':>6s} {'s':>6s}")
+    print(f"\n{'':38s} {'KL':>9s} {'ratio':>7s} {'bar':>6s}")
     for label, found in lines.items():
         ratio = "" if found["ratio"] is None else f"{found['ratio']:.3f}"
         bar = "" if found["bar"] is None else f"{found['bar']:.2f}"
-        print(f"{label:38s} {found['kl']:9.5f} {ratio:>7s} {bar:>6s} {found['seconds']:6.1f}")
+        print(f"{label:38s} {found['kl']:9.5f} {ratio:>7s} {bar:>6s}")
         if found["bar"] is not None and found["ratio"] > found["bar"]:
             missed.append(label)
     return missed

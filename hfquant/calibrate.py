@@ -139,6 +139,7 @@ class Calibration:
             if before is not None:
                 before[number] = self.state.original[number]
             self.state.original[number] = self.state.calls[number][index].run(block, self.state.original[number])
+        probe = self._probe_after(index, block)
         finding = self.store.finished(name)
         if finding is None:
             finding = self._quantize_block(index, name, block, before)
@@ -147,7 +148,9 @@ class Calibration:
         else:  # an earlier run did it
             self._advance(index)
             self.store.free(name)
+            self.probe = probe
             return finding
+        self.probe = probe
         finding.error = self._advance(index)
         finding.seconds = time.perf_counter() - started
         self.store.finish(name, finding)
@@ -171,10 +174,16 @@ class Calibration:
             recipe, shared = self.state.recipe, self.state.shared
             probe = self.probe.float()
             view = BlockView(work.name, work.block, work.groups, recipe, call, probe, work.gather, shared)
-            self.probe = view.expected.clone()
             for step in self.state.recipe.transforms:
                 TRANSFORMS.get(step.name)(view, **step.options)
         return view.notes
+
+    def _probe_after(self, index: int, block: nn.Module) -> Tensor:
+        """What the original block, in float32, makes of the probe, which only transforms look at."""
+        if not self.state.recipe.transforms:
+            return self.probe
+        with in_float32(block):
+            return self.probe_calls[index].to(torch.float32).run(block, self.probe.float()).clone()
 
     def _advance(self, index: int) -> float:
         """Run the quantized block on the quantized model's hidden states; its distance from the original's."""

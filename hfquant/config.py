@@ -176,8 +176,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise SpecError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not YAML: {error}") from error
-    plain = isinstance(data, dict) and all(isinstance(key, str) for key in data)
-    if not plain or not isinstance(data.get("method"), str):
+    if not isinstance(data, dict) or "method" not in data or not all(isinstance(key, str) for key in data):
         raise SpecError(f"{path}: a recipe is a mapping with a 'method' and its options")
     return data
 

@@ -100,6 +100,8 @@ def quantize_matrix(
 
     empty, spec = pack_empty((w.shape[0], w.shape[1]), recipe, w.dtype, rotated=rotated)
     packed = processes.from_owner(owner, empty, make)
+    if stats is not None and stats.last:
+        stats.memo.clear()  # large, and of no use any more
     if tuple(packed) != spec.names:
         kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
         spec = replace(spec, names=tuple(packed), outliers=kept)

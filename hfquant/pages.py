@@ -1,4 +1,4 @@
-"""Give back the memory of checkpoint pages that were read: a mapped file otherwise stays resident to the end."""
+"""Give memory back to the system: checkpoint pages that were read, and tensors that were freed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from torch import Tensor
 
 _MADV_DONTNEED = 4
+_M_MMAP_THRESHOLD = -3
 
 
 def release_mapped(tensor: Tensor) -> None:
@@ -25,6 +26,17 @@ def release_mapped(tensor: Tensor) -> None:
     if stop > start and _is_unwritten_file(start, stop):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+
+def return_what_is_freed() -> None:
+    """Have the GNU C library give large tensors back to the system when they are freed, until the process ends.
+
+    It would keep those of up to 32 MiB for later, in holes that grow to a multiple of what is alive.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # other C libraries have none
+            mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _is_unwritten_file(start: int, stop: int) -> bool:

@@ -41,7 +41,8 @@ def preview(
     chosen = dtype_named(dtype) or stored_dtype(src, model_config, revision)
     model = empty_model(model_config, chosen)
     targets, coverage = survey(model, config.modules_to_not_convert, config.embeddings)
-    expected = _estimate(model, targets, config, settings) if works_on_blocks(config.recipe) and targets else None
+    calibrated = works_on_blocks(config.recipe)
+    expected = _estimate(model, targets, config, settings) if calibrated and targets else None
     swap_in(model, targets, config.recipe, _outlier_counts(model, targets, config.recipe), wait=False)
     return Report(
         config.method,
@@ -50,7 +51,7 @@ def preview(
         str(chosen).removeprefix("torch."),
         **sizes(model, coverage),
         versions=versions(config.plugins),
-        calibration=config.calibration,
+        calibration=config.calibration if calibrated else None,
         estimate=expected,
     )
 

@@ -15,7 +15,7 @@ from .histogram import Histogram
 CHANNELS, HISTOGRAM, HESSIAN, DRIFT = "channels", "histogram", "hessian", "drift"
 NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT)
 
-_ROWS = 1 << 12  # tokens worked on at once
+_ROWS, _VALUES = 1 << 12, 1 << 21  # tokens, and values of them, worked on at once
 _COLUMNS = 1 << 10  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
 
 SAMPLE, _SAMPLE_EACH = 256, 64  # tokens kept of all, and of those that are added at once
@@ -71,8 +71,9 @@ class InputStats:
 
         Raises CalibrationError for NaN or infinite values, naming the layer.
         """
-        for start in range(0, x.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
+        step = min(_ROWS, max(1, _VALUES // self.features))
+        for start in range(0, x.shape[0], step):
+            rows = slice(start, start + step)
             self._add(x[rows].float(), None if original is None else original[rows].float())
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:

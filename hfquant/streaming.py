@@ -27,6 +27,7 @@ from .data import kind_of, stand_in, tokenizer_for
 from .errors import SpecError
 from .findings import BlockFinding
 from .journal import Journal
+from .pages import return_what_is_freed
 from .report import sizes, versions
 from .source import load_model
 from .swap import packed_modules, swap_in
@@ -138,6 +139,7 @@ def quantize_streamed(
     CalibrationError and FormatError before any weight is read where that is possible.
     """
     load_all()
+    return_what_is_freed()
     join_processes()
     settings = settings or Settings()
     files = local_files(src, revision)

@@ -6,10 +6,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hfquant import HfQuantConfig
+import hfquant
+from hfquant import CalibrationError, HfQuantConfig
+from hfquant.config import read_recipe
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+CALIBRATED = [path for path in RECIPES if "data" in read_recipe(path)]
+# In place of the user's data, for a vocabulary of 256.
+TOKENS = {"data": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0)), "batch_size": 2}
 
 
 def test_there_are_recipes() -> None:
@@ -20,7 +25,7 @@ def test_there_are_recipes() -> None:
 def test_recipe_quantizes_and_reloads(path: Path, tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
-    config = HfQuantConfig.from_recipe(path)
+    config = HfQuantConfig.from_recipe(path, **TOKENS if path in CALIBRATED else {})
     quantized = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
     quantized.save_pretrained(tmp_path / "saved")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
@@ -30,3 +35,24 @@ def test_recipe_quantizes_and_reloads(path: Path, tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits, expected)
         # Random weights without redundancy: 4 bits cost a third of the logits here, a wrong decode all of them.
         assert (expected - model(**inputs).logits).norm() < 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("path", CALIBRATED, ids=lambda path: path.stem)
+def test_calibrated_recipe_gives_the_same_from_folder_to_folder(path: Path, tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = HfQuantConfig.from_recipe(path, **TOKENS)
+    report = hfquant.quantize(tmp_path / "source", config, tmp_path / "out")
+    memory = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = tiny_inputs(again)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, memory(**inputs).logits)
+    assert report.calibration is not None and report.calibration["samples"] == 4
+    assert sum(len(block.layers) for block in report.blocks) == 14
+
+
+@pytest.mark.parametrize("path", CALIBRATED, ids=lambda path: path.stem)
+def test_the_data_of_a_recipe_is_the_users_to_name(path: Path) -> None:
+    assert read_recipe(path)["data"] == "calibration.txt"
+    with pytest.raises(CalibrationError, match=r"no calibration file calibration\.txt"):
+        HfQuantConfig.from_recipe(path)

@@ -1,6 +1,8 @@
 """Pages of mapped checkpoint files are given back, and never any that the file could not bring again."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,29 @@ def test_written_pages_count_in_memory_and_swapped_out(
     text = f"1000-9000 rw-p 0 08:01 1 /model\nAnonymous: {anonymous} kB\nSwap: {swap} kB\nVmFlags: rd\n"
     monkeypatch.setattr(pages, "open", lambda path: io.StringIO(text), raising=False)
     assert pages._is_unwritten_file(0x2000, 0x3000) is safe
+
+
+FREED = """
+import sys, torch
+from hfquant.pages import return_what_is_freed
+def resident():
+    status = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(status["VmRSS"].split()[0]) * 1024
+if sys.argv[1] == "returned":
+    return_what_is_freed()
+torch.ones(1 << 22)  # the C library takes its size as a hint what to keep from now on
+before, large, small = resident(), [], []
+for _ in range(40):
+    large.append(torch.ones(1 << 21))
+    small.append(torch.ones(1 << 16))  # lies between, and stays
+del large
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the GNU C library")
+@pytest.mark.parametrize("how", ["kept", "returned"])
+def test_large_tensors_that_are_freed_go_back_to_the_system(how: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True, timeout=300)
+    left, taken = int(done.stdout), 40 * 4 << 21
+    assert left < 0.1 * taken if how == "returned" else left > 0.5 * taken

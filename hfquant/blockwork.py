@@ -1,0 +1,165 @@
+"""What a block of a model computes, found by running it on the meta device: sizes and operations, no values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .chain import Chain, calls, first_call
+from .experts import expert_projections
+from .matrices import first_tensor, is_experts
+
+
+@dataclass
+class Reading:
+    """Matrices [N, K] that are quantized and read the same input.
+
+    `features`: K. `rows`: N of each. `tokens`: how many of a batch reach it. `before`: operations of the block for a
+    batch until the input is there. `copies`: inputs of this kind, one for each expert of a layer.
+    """
+
+    features: int
+    rows: list[int]
+    tokens: float
+    before: float
+    copies: int = 1
+
+
+@dataclass
+class BlockWork:
+    """A block, for one batch. `flops`: of a whole pass. `bytes`: of its parameters. `widest`: features of its widest
+    activation. `readings`: in the order in which the block computes them.
+    """
+
+    flops: float
+    bytes: int
+    widest: int
+    readings: list[Reading] = field(default_factory=list)
+
+
+def block_works(model: Any, chain: Chain, targets: Collection[str], batch: Mapping[str, Any]) -> list[BlockWork]:
+    """The work of every block of `model`, which lies on the meta device like the `batch`.
+
+    Blocks of the same shapes are run once. Raises what the model raises if it cannot run without values.
+    """
+    with torch.no_grad(), _Yes():
+        return _block_works(model, chain, targets, batch)
+
+
+def _block_works(model: Any, chain: Chain, targets: Collection[str], batch: Mapping[str, Any]) -> list[BlockWork]:
+    call, hidden = first_call(model, chain, batch)
+    with _without_experts(chain.holder[0], lambda module, tokens: None):
+        tupled = isinstance(call.output(chain.holder[0], hidden), tuple)
+    every, hidden = calls(model, chain, batch, tupled)
+    known: dict[Any, BlockWork] = {}
+    found = []
+    for name, block, how in zip(chain.names(), chain.holder, every, strict=True):
+        chosen = frozenset(target.removeprefix(f"{name}.") for target in targets if target.startswith(f"{name}."))
+        key = (chosen, *((leaf, tuple(p.shape)) for leaf, p in block.named_parameters()))
+        if key not in known:
+            known[key] = _trace(block, chosen, lambda: how.run(block, hidden))  # noqa: B023 - run at once
+        found.append(known[key])
+    return found
+
+
+class _Yes(TorchDispatchMode):
+    """Answers 1, or yes, where code asks for a value: whether a mask masks nothing, for example."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) -> BlockWork:
+    """Run a block and note its inputs and operations."""
+    names = {module: name for name, module in block.named_modules()}
+    found: dict[int, Reading] = {}
+    alive: list[Tensor] = []  # so that no two inputs have the same id
+    extra = [0.0]
+    widest = [0]
+
+    def linear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows, features = _shape(module)
+        widest[0] = max(widest[0], rows, features)
+        if names[module] in targets:
+            x = first_tensor(args, kwargs)
+            alive.append(x)
+            done = counter.get_total_flops() + extra[0]
+            reading = found.setdefault(id(x), Reading(features, [], x.numel() / features, done))
+            reading.rows.append(rows)
+
+    def experts(module: Any, x: Tensor) -> None:
+        count, share = _routing(module, block)
+        for projection in expert_projections(module):
+            bank = module._parameters[projection]
+            rows, features = bank.shape[1:] if not module.is_transposed else bank.shape[1:][::-1]
+            widest[0] = max(widest[0], rows, features)
+            done = counter.get_total_flops() + extra[0]
+            tokens = x.numel() / x.shape[-1] * share
+            if names[module] in targets:
+                reading = Reading(features, [rows], tokens / count, done, count)
+                found[id(bank)] = reading
+            extra[0] += 2 * tokens * rows * features
+
+    with ExitStack() as stack:
+        for module in names:
+            if _is_matrix(module):
+                hook = module.register_forward_pre_hook(linear, with_kwargs=True)
+                stack.callback(hook.remove)
+        stack.enter_context(_without_experts(block, experts))
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        run()
+    size = sum(p.numel() * p.element_size() for p in block.parameters())
+    return BlockWork(counter.get_total_flops() + extra[0], size, widest[0], list(found.values()))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, GPT-2's transposed one included."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    first, second = weight.shape
+    return (second, first) if type(module).__name__ == "Conv1D" else (first, second)
+
+
+def _routing(module: nn.Module, block: nn.Module) -> tuple[int, float]:
+    """Number of experts, and how many of them each token is sent to."""
+    count = int(next(iter(module._parameters[name].shape[0] for name in expert_projections(module))))  # type: ignore[union-attr]
+    config = getattr(module, "config", None)
+    places = [config, *block.modules()]
+    named = (getattr(place, name, None) for place in places for name in ("num_experts_per_tok", "top_k"))
+    return count, float(next((value for value in named if isinstance(value, int)), count))
+
+
+@contextmanager
+def _without_experts(block: nn.Module, seen: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Let experts answer without being run: which of them a token goes to depends on its value."""
+    banks = [module for module in block.modules() if is_experts(module)]
+
+    def stand_in(module: nn.Module) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            x = first_tensor(args, kwargs)
+            seen(module, x)
+            return torch.empty_like(x)
+
+        return forward
+
+    try:
+        for bank in banks:
+            bank.forward = stand_in(bank)
+        yield
+    finally:
+        for bank in banks:
+            vars(bank).pop("forward", None)

@@ -1,0 +1,54 @@
+"""A picture of what calibration found."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from ..errors import SpecError, UnsupportedError
+from ..inspection import Inspection
+from .findings import short
+
+FORMATS = (".png", ".svg", ".pdf")
+_MOST = 60  # layers that a picture can name
+
+
+def check_plot(file: Path) -> None:
+    """Raise SpecError for a file that cannot be written, UnsupportedError if matplotlib is not installed."""
+    if file.suffix.lower() not in FORMATS:
+        raise SpecError(f"--plot {file}: name a file that ends with {', '.join(FORMATS)}")
+    if not file.absolute().parent.is_dir():
+        raise SpecError(f"--plot {file}: there is no folder {file.absolute().parent}")
+    _figure_class()
+
+
+def _figure_class() -> Any:
+    """matplotlib's figure, which needs no window. Raises UnsupportedError if it is not installed."""
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise UnsupportedError(f'plots need matplotlib ({error}): pip install "hfquant[plot]"') from error
+
+
+def plot_findings(found: Inspection, file: Path, title: str) -> None:
+    """Draw the error of the hidden states after each block, and the error of each layer's output, worst first.
+
+    Raises SpecError for a model without findings.
+    """
+    if not found.blocks:
+        raise SpecError(f"--plot: there is no report of a calibrated quantization beside {title}, so nothing to draw")
+    blocks = [block for block in found.blocks if block.name]
+    layers = sorted((layer for block in found.blocks for layer in block.layers), key=lambda layer: -layer.error)[:_MOST]
+    figure = _figure_class()(figsize=(10, 4 + 0.18 * len(layers)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[3, max(3.0, 0.18 * len(layers))])
+    above.plot(range(len(blocks)), [100 * block.error for block in blocks], marker="o")
+    above.set_title(f"{title}: {found.method}")
+    above.set_xlabel("block")
+    above.set_ylabel("error of hidden states, %")
+    above.set_ylim(bottom=0)
+    above.locator_params(axis="x", integer=True)
+    below.barh([short(layer.name) for layer in layers], [100 * layer.error for layer in layers])
+    below.invert_yaxis()
+    below.set_xlabel("error of the layer's output, %")
+    figure.savefig(file)

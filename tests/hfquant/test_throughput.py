@@ -1,0 +1,61 @@
+"""The probe sees which recipe is slower and in what, and takes about a second."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from hfquant import HfQuantConfig
+from hfquant.backend import Backend, register, unregister
+from hfquant.recipe import Step
+from hfquant.rounders import nearest
+from hfquant.throughput import measure
+
+RECIPE = HfQuantConfig("int4").recipe
+COLUMN, ELEMENT = 4e-5, 4e-7  # seconds
+
+
+def slow(w, params, find, stats, column=0.0, element=0.0):
+    """Nearest rounding that takes its time, as the clock of the probe counts it."""
+    end = time.process_time() + w.shape[1] * column + w.numel() * element
+    q = nearest(w, params, find, stats)
+    while time.process_time() < end:
+        pass
+    return q
+
+
+@pytest.fixture
+def rounder():
+    backend = Backend("slow", rounders={"slow": slow})
+    register(backend, "test")
+    yield lambda **options: replace(RECIPE, rounder=Step("slow", options))
+    unregister(backend, "test")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that the probe counts time of the CPU, to which other processes add nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_everything_is_measured_and_in_a_short_time():
+    before = time.process_time()
+    rates = asdict(measure(RECIPE, torch.bfloat16, 256))
+    assert time.process_time() - before < 4
+    column, element = rates.pop("column"), rates.pop("element")
+    assert all(1e6 < rate < 1e16 for rate in rates.values())
+    assert 0 <= column < COLUMN and 0 < element < ELEMENT
+
+
+@pytest.mark.parametrize("spent", [(COLUMN, 0.0), (0.0, ELEMENT), (COLUMN, ELEMENT)])
+def test_time_spent_on_columns_and_time_spent_on_weights_are_told_apart(rounder, spent):
+    column, element = spent
+    found = measure(rounder(column=column, element=element), torch.float32, 64)
+    assert found.column == pytest.approx(column, rel=0.25, abs=COLUMN / 4)
+    assert found.element == pytest.approx(element, rel=0.25, abs=ELEMENT / 4)
