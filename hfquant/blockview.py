@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Call, Chain, first_call, no_cache, stubs
+from .errors import CalibrationError
 from .matrices import Group, Matrix, Source, identity
 from .norms import Norm, find_norms
 from .recipe import Recipe
@@ -167,3 +168,28 @@ def _called(model: nn.Module, width: int) -> Iterator[list[nn.Embedding]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Let the floating-point parameters of a block be float32 for a while; unchanged ones come back bit for bit."""
+    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters() if parameter.is_floating_point()}
+    parameters = dict(block.named_parameters())
+    for name in dtypes:
+        parameters[name].data = parameters[name].data.float()
+    try:
+        yield
+    finally:
+        for name, dtype in dtypes.items():
+            parameters[name].data = _narrowed(parameters[name].data, dtype, name)
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in a dtype of fewer bits. Raises CalibrationError if a transform made them too large for it."""
+    narrow = values.to(dtype)
+    if torch.isfinite(values).all() and not torch.isfinite(narrow).all():
+        raise CalibrationError(
+            f"a transform made values of {name} too large for {dtype}: quantize in bfloat16 or float32 (dtype=...), or "
+            "leave the transform out"
+        )
+    return narrow

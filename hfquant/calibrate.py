@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from . import processes
 from .blockquantizer import BlockQuantizer, OutsideQuantizer
-from .blockview import BlockView, outside_view
+from .blockview import BlockView, in_float32, outside_view
 from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store, Tick
 from .chain import Call, calls, find_chain, first_call, no_cache, stubs
 from .config import HfQuantConfig
@@ -251,20 +250,6 @@ def _check(recipe: Recipe, targets: Sequence[Target]) -> None:
         raise UnsupportedError("16-bit columns of fused experts are not calibrated: leave the columns step out")
 
 
-@contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
-    """Let the floating-point parameters of a block be float32 for a while; unchanged ones come back bit for bit."""
-    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters() if parameter.is_floating_point()}
-    parameters = dict(block.named_parameters())
-    for name in dtypes:
-        parameters[name].data = parameters[name].data.float()
-    try:
-        yield
-    finally:
-        for name, dtype in dtypes.items():
-            parameters[name].data = _narrowed(parameters[name].data, dtype, name)
-
-
 def _share(batches: Sequence[Batch], stand_in: bool) -> list[Batch]:
     """This process' batches; a stand-in for data, which nothing depends on, is everybody's."""
     if stand_in:
@@ -275,17 +260,6 @@ def _share(batches: Sequence[Batch], stand_in: bool) -> list[Batch]:
             "or give more data or a smaller batch_size"
         )
     return list(batches)[processes.rank() :: processes.world()]
-
-
-def _narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Values in a dtype of fewer bits. Raises CalibrationError if a transform made them too large for it."""
-    narrow = values.to(dtype)
-    if torch.isfinite(values).all() and not torch.isfinite(narrow).all():
-        raise CalibrationError(
-            f"a transform made values of {name} too large for {dtype}: quantize in bfloat16 or float32 (dtype=...), or "
-            "leave the transform out"
-        )
-    return narrow
 
 
 def _head(batch: Batch) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) ->
         raise SpecError(f"{path} is no hfquant checkpoint ({found}): inspect a folder written by `hfquant quantize`")
     blocks = read_findings(path)
     if reference is not None:
+        _check_comparable(HfQuantConfig.from_dict(config.quantization_config))
         original = load_model(reference, original_config(reference), dtype="auto")
         return _with_findings(inspect_model(load_model(path, dtype="auto"), original), blocks)
     stored = HfQuantConfig.from_dict(config.quantization_config)
@@ -123,6 +124,8 @@ def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspe
     config = getattr(quantizer, "quantization_config", None)
     if not isinstance(config, HfQuantConfig):
         raise SpecError(f"{type(model).__name__} was not loaded with hfquant: there is nothing to inspect")
+    if reference is not None:
+        _check_comparable(config)
     errors = {} if reference is None else weight_errors(model, reference)
     layers = [_describe(weight, errors.get(weight.name)) for weight in packed_weights(model)]
     if reference is not None:
@@ -165,6 +168,17 @@ def _joined(layer: LayerInfo, parts: list[LayerFinding]) -> LayerInfo:
     notes = tuple(note if single else f"{part.name}: {note}" for part in parts for note in part.notes)
     error = max(part.error for part in parts)
     return replace(layer, output_error=error, tokens=min(part.tokens for part in parts), notes=notes)
+
+
+def _check_comparable(config: HfQuantConfig) -> None:
+    """Raise SpecError where weights are not meant to be near the original ones, because the model was rewritten."""
+    if config.recipe.transforms:
+        names = ", ".join(step.name for step in config.recipe.transforms)
+        raise SpecError(
+            f"{config.method!r} rewrote the model before quantizing it ({names}), so its weights are not near those of "
+            "the reference although its outputs are: inspect it without one, which shows the output errors that "
+            "calibration measured, or compare the models with `hfquant eval`"
+        )
 
 
 def weight_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:

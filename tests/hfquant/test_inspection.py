@@ -50,6 +50,14 @@ def test_headers_alone_give_what_the_loaded_model_gives(tmp_path, kind, config):
         assert layer.bits_per_weight == pytest.approx(8 * sum(stored.values()) / weights)
 
 
+def test_a_rewritten_model_is_not_compared_weight_by_weight(tmp_path):
+    tokens = torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    source, out = make(tmp_path, "llama", HfQuantConfig("w8a8", data=tokens))
+    with pytest.raises(SpecError, match=r"rewrote the model before quantizing it \(smoothquant\)"):
+        inspect_checkpoint(out, source)
+    assert all(layer.error is not None for block in inspect_checkpoint(out).blocks for layer in block.layers)
+
+
 def test_errors_are_relative_and_the_worst_comes_first(tmp_path):
     source, out = make(tmp_path, "llama", HfQuantConfig("int4"))
     found = inspect_checkpoint(out, source)

@@ -152,7 +152,7 @@ def memory(key):
     return int(status[key].split()[0]) * 1024
 
 ids = torch.randint(8000, (4, 64), generator=torch.Generator().manual_seed(0))
-config = hfquant.HfQuantConfig("gptq", group_size=-1, range="absmax", sweeps=0, data=ids, batch_size=2)
+config = hfquant.HfQuantConfig("int4", range={"name": "weighted_mse", "steps": 2}, data=ids, batch_size=2)
 before = memory("VmHWM")
 hfquant.quantize(Path(sys.argv[1]), config, Path(sys.argv[2]))
 print(memory("VmHWM") - before)
@@ -160,7 +160,7 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux")
-def test_the_peak_is_a_block_its_statistics_and_little_more(tmp_path: Path) -> None:
+def test_the_peak_is_a_block_and_little_more(tmp_path: Path) -> None:
     """What the process takes beyond its libraries, for a model of many times that size."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 8000}
     made = LlamaConfig(**sizes, num_hidden_layers=40, dtype="float32", architectures=["LlamaForCausalLM"])
@@ -177,9 +177,10 @@ def test_the_peak_is_a_block_its_statistics_and_little_more(tmp_path: Path) -> N
     total = sum(value.nbytes for value in weights.values())
     del weights
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "source"), str(tmp_path / "out")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    statistics, hidden = 8 * 1024**2, 2 * 4 * 64 * 512 * 4
-    allowed = block + statistics + hidden + outside + 60e6
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    hidden = 2 * 4 * 64 * 512 * 4  # the statistics, of input channels, are small
+    allowed = block + hidden + outside + 60e6
     assert total > 3 * allowed
     assert int(done.stdout) <= allowed
 

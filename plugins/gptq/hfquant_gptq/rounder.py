@@ -20,7 +20,7 @@ from .columnwise import column_rounder
 from .descent import descend
 from .hessian import ORDERS, Factor, factorize
 
-_PART = 1 << 21  # weights worked on at once
+_PART = 1 << 20  # weights worked on at once: float64 copies of 8 MiB
 
 
 def gptq(
