@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 import hfquant
 from hfquant import FormatError, HfQuantConfig, SpecError, WeightError
@@ -138,51 +138,6 @@ def test_only_one_block_is_in_memory_at_a_time(source: Path, tmp_path: Path, mon
     hfquant.quantize(source, config(), tmp_path / "out")
     start = [{"outside"}, {"outside", "model.layers.0"}]  # to find out how the blocks are called
     assert held == [*start, {"model.layers.0"}, {"model.layers.1"}, {"outside"}]
-
-
-MEASURED = """
-import sys
-from pathlib import Path
-import torch
-import hfquant
-import transformers.models.llama.modeling_llama
-
-def memory(key):
-    status = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(status[key].split()[0]) * 1024
-
-ids = torch.randint(8000, (4, 64), generator=torch.Generator().manual_seed(0))
-config = hfquant.HfQuantConfig("int4", range={"name": "weighted_mse", "steps": 2}, data=ids, batch_size=2)
-before = memory("VmHWM")
-hfquant.quantize(Path(sys.argv[1]), config, Path(sys.argv[2]))
-print(memory("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux")
-def test_the_peak_is_a_block_and_little_more(tmp_path: Path) -> None:
-    """What the process takes beyond its libraries, for a model of many times that size."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 8000}
-    made = LlamaConfig(**sizes, num_hidden_layers=40, dtype="float32", architectures=["LlamaForCausalLM"])
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(made).named_parameters()}
-    some = torch.randn(1 << 20).mul_(0.02)
-    weights = {name: some[: shape.numel()].repeat(-(-shape.numel() // some.numel())) for name, shape in shapes.items()}
-    weights = {name: weights[name][: shape.numel()].reshape(shape).clone() for name, shape in shapes.items()}
-    (tmp_path / "source").mkdir()
-    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    made.save_pretrained(tmp_path / "source")
-    block = sum(4 * shape.numel() for name, shape in shapes.items() if name.startswith("model.layers.0."))
-    outside = 2 * 4 * 8000 * 512
-    total = sum(value.nbytes for value in weights.values())
-    del weights
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / "source"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    hidden = 2 * 4 * 64 * 512 * 4  # the statistics, of input channels, are small
-    allowed = block + hidden + outside + 60e6
-    assert total > 3 * allowed
-    assert int(done.stdout) <= allowed
 
 
 def test_a_method_without_data_is_no_different(source: Path, tmp_path: Path) -> None:

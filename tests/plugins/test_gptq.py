@@ -508,7 +508,7 @@ def test_what_calibration_has_to_measure() -> None:
 
 def test_the_defaults_are_what_gptq_is_known_by() -> None:
     recipe = preset()
-    assert recipe.scheme.weight == TensorSpec("int4", Blocks(1, 128), scale="bfloat16")
+    assert recipe.scheme.weight == TensorSpec("int4", Blocks(1, 128), scale="float16")
     assert recipe.rounder.name == "gptq" and recipe.range.name == "weighted_mse" and recipe.transforms == ()
     assert preset(bits=3, symmetric=False, group_size=-1).scheme.weight == TensorSpec("uint3", Blocks(1, -1), True)
     assert preset(grid="nf4").scheme.weight.grid == "nf4"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 512  # rows and columns worked on at once
+_BLOCK = 256  # rows and columns worked on at once
 
 
 def reverse_cholesky_(h: Tensor) -> bool:
