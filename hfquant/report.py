@@ -7,8 +7,10 @@ import math
 import platform
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,7 +151,14 @@ def versions(plugins: dict[str, dict[str, str]] | None = None) -> dict[str, str]
 
 
 def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far in MB (10^6 bytes), or None where the system does not tell."""
+    """Largest resident memory of this process so far in MB (10^6 bytes), or None where the system does not tell.
+
+    Linux tells it in /proc; what `getrusage` says there includes the process that this one was started from.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     try:
         import resource
     except ImportError:  # not a Unix

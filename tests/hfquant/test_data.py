@@ -176,10 +176,13 @@ def test_padding_is_the_model_s_token_or_any_of_its_vocabulary() -> None:
 def test_fewer_samples_than_asked_for_are_used_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(data_module.logger, "warning", lambda text, *values: said.append(text % values))
-    assert len(ids_of(made([torch.arange(8)] * 3, samples=3))) == 3
+    texts = ["one text that is long enough", "and another one of them", "a third text to be cut"]
+    assert len(ids_of(made(texts, length=4, packing=False, samples=3))) == 3
     assert said == []
-    assert len(ids_of(made([torch.arange(8)] * 3, samples=5))) == 3
+    assert len(ids_of(made(texts, length=4, packing=False, samples=5))) == 3
     assert said == ["the calibration data gives 3 samples, 5 were asked for"]
+    assert len(ids_of(made([torch.arange(8)] * 3, samples=5))) == 3  # whoever gives tokens knows how many
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "vit", "mixtral"])

@@ -243,7 +243,7 @@ def test_clipping_needs_statistics_and_sensible_options() -> None:
 
 def test_the_recipe_says_what_was_asked_for() -> None:
     recipe = preset()
-    assert recipe.scheme.weight == TensorSpec("uint4", Blocks(1, 128), True, "bfloat16")
+    assert recipe.scheme.weight == TensorSpec("uint4", Blocks(1, 128), True, "float16")
     assert recipe.transforms == (Step("awq", {"duo": True}),) and recipe.range == Step("awq_clip")
     recipe = preset(bits=3, group_size=-1, symmetric=True, duo=False, clip=False)
     assert recipe.scheme.weight == TensorSpec("int3", Blocks(1, -1))
