@@ -361,6 +361,18 @@ def test_another_source_does_not_go_on_with_an_interrupted_run(source: Path, tmp
         hfquant.quantize(saved("mixtral", tmp_path / "other"), config(), tmp_path / "out")
 
 
+def test_another_training_of_the_same_model_does_not_go_on(tmp_path: Path) -> None:
+    """Its files have the names and sizes of those before."""
+    source = saved("llama", tmp_path / "source")
+    interrupted(source, tmp_path / "out")
+    (file,) = source.glob("*.safetensors")
+    size = file.stat().st_size
+    tiny_model("llama", seed=1, dtype=torch.bfloat16).save_pretrained(source)
+    assert file.stat().st_size == size
+    with pytest.raises(SpecError, match=r"something else .*source: .*model\.safetensors"):
+        hfquant.quantize(source, config(), tmp_path / "out")
+
+
 def test_starting_over_does_not_go_on(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(source, out, group_size=64)
