@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.models import HELDOUT, MODEL_DIR  # noqa: E402
 from tests.models.corpus import read_corpus, separator, standard_library  # noqa: E402
-from tests.models.outliers import inject, spread  # noqa: E402
+from tests.models.outliers import save_variants  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "calibrated_quality.json"
 SEEDS = (0, 1, 2)
@@ -104,15 +104,6 @@ def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) ->
     return reference.compare(model).kl
 
 
-def variants(folder: Path, seed: int) -> dict[str, Path]:
-    """The model as it is, with spread channels, and with injected outlier channels."""
-    found = {"plain": MODEL_DIR}
-    for name, change in (("spread", spread), ("injected", inject)):
-        found[name] = folder / f"{name}-{seed}"
-        change(LlamaForCausalLM.from_pretrained(MODEL_DIR), seed=seed).save_pretrained(found[name])
-    return found
-
-
 def main() -> None:
     """Measure, print, write; exit status 1 if a bar is missed."""
     logging.disable_progress_bar()
@@ -127,7 +118,7 @@ def main() -> None:
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
             part = text[seed * size : (seed + 1) * size]
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
-            sources, data = variants(Path(name), seed), calibration(tokenizer, files, seed)
+            sources, data = save_variants(Path(name), seed), calibration(tokenizer, files, seed)
             for label, row in table.items():
                 kl[label].append(measure(reference, sources[row.variant], row, data))
                 print(f"seed {seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)

@@ -26,7 +26,7 @@ from hfquant.eval import Reference, token_batches
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.models import HELDOUT, MODEL_DIR  # noqa: E402
-from tests.models.outliers import inject, spread  # noqa: E402
+from tests.models.outliers import save_variants  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 SEEDS = (0, 1, 2)
@@ -61,15 +61,6 @@ def kl_of(reference: Reference, source: Path, method: str, options: dict) -> flo
     return reference.compare(model).kl
 
 
-def variants(folder: Path, seed: int) -> dict[str, Path]:
-    """The model as it is, with injected outlier channels, and with spread channels."""
-    found = {"plain": MODEL_DIR}
-    for name, change in (("injected", inject), ("spread", spread)):
-        found[name] = folder / f"{name}-{seed}"
-        change(LlamaForCausalLM.from_pretrained(MODEL_DIR), seed=seed).save_pretrained(found[name])
-    return found
-
-
 def main() -> None:
     """Measure, print, write."""
     torch.manual_seed(0)
@@ -82,7 +73,7 @@ def main() -> None:
             part = text[seed * size : (seed + 1) * size]
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH))
-            sources = variants(Path(name), seed)
+            sources = save_variants(Path(name), seed)
             for row, (method, options) in WEIGHTS.items():
                 rows.setdefault(row, []).append(kl_of(reference, MODEL_DIR, method, options))
             for row, (method, options) in INPUTS.items():

@@ -68,19 +68,29 @@ def quantize(
     with staged(out) as folder:
         model.save_pretrained(folder)
         copy_companions(src, folder, revision)
-        report = Report(
-            config.method,
-            config.options,
-            str(src),
-            str(config.source_dtype),
-            **sizes(model, found),
-            seconds=time.perf_counter() - started,
-            peak_rss_mb=peak_rss_mb(),
-            output=str(out),
-            versions=versions(config.plugins),
-        )
-        (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
+        report = _report(src, config, out, started, **sizes(model, found))
+        _write(report, folder)
     return report
+
+
+def _report(src: str | Path, config: HfQuantConfig, out: Path, started: float, **facts: Any) -> Report:
+    """The report of a quantization that began at `started`; `facts`: fields that follow from what it did."""
+    return Report(
+        config.method,
+        config.options,
+        str(src),
+        str(config.source_dtype),
+        **facts,
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=peak_rss_mb(),
+        output=str(out),
+        versions=versions(config.plugins),
+    )
+
+
+def _write(report: Report, folder: Path) -> None:
+    """Put a report beside the weights."""
+    (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
 
 
 def _check_request(config: HfQuantConfig, device_map: Any, settings: Settings | None) -> None:
@@ -113,22 +123,11 @@ def _quantize_blocks(
     chosen = dtype_named(dtype) or stored_dtype(src, model_config, revision)
     folder = partial_folder(out)
     findings, facts = quantize_streamed(src, config, model_config, folder, chosen, revision, resume, settings, tick)
-    report = Report(
-        config.method,
-        config.options,
-        str(src),
-        str(config.source_dtype),
-        **facts,
-        seconds=time.perf_counter() - started,
-        peak_rss_mb=peak_rss_mb(),
-        output=str(out),
-        versions=versions(config.plugins),
-        calibration=config.calibration,
-        blocks=tuple(findings),
-    )
+    facts |= {"calibration": config.calibration, "blocks": tuple(findings)}
+    report = _report(src, config, out, started, **facts)
     if processes.rank() == 0:
         copy_companions(src, folder, revision)
-        (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
+        _write(report, folder)
         put_in_place(folder, out)
         forget(out)
     processes.barrier()

@@ -70,20 +70,22 @@ class BlockQuantizer:
         stages = list(_stages([group for group in self.groups if group.targets], self.run))
         pieces: dict[str, dict[str, list[Pieces]]] = {}
         findings = []
+
+        def keep(made: Pieces) -> None:
+            owner, leaf = _place(made.matrix)
+            pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
+            findings.append(made.finding)
+
         for done, stage in enumerate(stages):
             progress((done + 0.5) / (len(stages) + 1))
             self.gather(stage, self.run.needs | {CHANNELS})
             _lend_histograms(stage)
             for group in stage:
                 for made in self._quantize_group(group):
-                    owner, leaf = _place(made.matrix)
-                    pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
-                    findings.append(made.finding)
+                    keep(made)
                 group.stats = None
-        for made in self._never_called(pieces):
-            owner, leaf = _place(made.matrix)
-            pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
-            findings.append(made.finding)
+        for made in list(self._never_called(pieces)):
+            keep(made)
         for close in self.closing:
             close()
         for owner, leaves in pieces.items():

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .chain import Chain, calls, first_call
 from .experts import expert_projections
-from .matrices import first_tensor, is_experts
+from .matrices import find_matrices, first_tensor, is_experts
 
 
 @dataclass
@@ -81,13 +81,15 @@ class _Yes(TorchDispatchMode):
 def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) -> BlockWork:
     """Run a block and note its inputs and operations."""
     names = {module: name for name, module in block.named_modules()}
+    owned = {module: find_matrices(name, module, ()) for module, name in names.items() if not is_experts(module)}
+    shapes = {module: matrices[0].values().shape for module, matrices in owned.items() if matrices}
     found: dict[int, Reading] = {}
     alive: list[Tensor] = []  # so that no two inputs have the same id
     extra = [0.0]
     widest = [0]
 
     def linear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        rows, features = _shape(module)
+        rows, features = shapes[module]
         widest[0] = max(widest[0], rows, features)
         if names[module] in targets:
             x = first_tensor(args, kwargs)
@@ -110,28 +112,13 @@ def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) ->
             extra[0] += 2 * tokens * rows * features
 
     with ExitStack() as stack:
-        for module in names:
-            if _is_matrix(module):
-                hook = module.register_forward_pre_hook(linear, with_kwargs=True)
-                stack.callback(hook.remove)
+        for module in shapes:
+            stack.callback(module.register_forward_pre_hook(linear, with_kwargs=True).remove)
         stack.enter_context(_without_experts(block, experts))
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
     size = sum(p.numel() * p.element_size() for p in block.parameters())
     return BlockWork(counter.get_total_flops() + extra[0], size, widest[0], list(found.values()))
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer, GPT-2's transposed one included."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    first, second = weight.shape
-    return (second, first) if type(module).__name__ == "Conv1D" else (first, second)
 
 
 def _routing(module: nn.Module, block: nn.Module) -> tuple[int, float]:

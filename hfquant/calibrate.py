@@ -139,20 +139,15 @@ class Calibration:
                 before[number] = self.state.original[number]
             self.state.original[number] = self.state.calls[number][index].run(block, self.state.original[number])
         probe = self._probe_after(index, block)
-        finding = self.store.finished(name)
-        if finding is None:
-            finding = self._quantize_block(index, name, block, before)
-            if before is not None:
-                before.clear()
-        else:  # an earlier run did it
-            self._advance(index)
-            self.store.free(name)
-            self.probe = probe
-            return finding
+        earlier = self.store.finished(name)
+        finding = earlier or self._quantize_block(index, name, block, before)
+        if before is not None:
+            before.clear()
         self.probe = probe
-        finding.error = self._advance(index)
-        finding.seconds = time.perf_counter() - started
-        self.store.finish(name, finding)
+        error = self._advance(index)
+        if earlier is None:
+            finding.error, finding.seconds = error, time.perf_counter() - started
+            self.store.finish(name, finding)
         self.store.free(name)
         return finding
 

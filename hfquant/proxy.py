@@ -7,17 +7,16 @@ the two layers is not taken into account.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from .errors import FormatError, UnsupportedError
 from .producers import WITHOUT, producers
+from .weights import final_names
 
 
 def producer_std(
@@ -55,13 +54,14 @@ def _read_spread(model: PreTrainedModel, files: Sequence[str] | None, names: set
         for key, twin in ((one, other), (other, one)):
             if key in wanted:
                 wanted.setdefault(twin, wanted[key])
-    final_name = _loader_names(model)
+    final_name = final_names(model)
     spread: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
-                name = wanted.get(final_name(key))
-                if name is not None:
+                final, converted = final_name(key)
+                name = wanted.get(final)
+                if name is not None and not converted:
                     spread[name] = _spread(tensors.get_tensor(key), model.get_submodule(name))
     if missing := sorted(names - spread.keys()):
         raise FormatError(
@@ -70,20 +70,6 @@ def _read_spread(model: PreTrainedModel, files: Sequence[str] | None, names: set
             f"that, or {WITHOUT}"
         )
     return spread
-
-
-def _loader_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """The loader's own map from names in a checkpoint to names in the model; "" for tensors that it converts."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-
-    def final_name(key: str) -> str:
-        name, converter = rename_source_key(key, renamings, converters, prefix, state)
-        return "" if converter is not None else name
-
-    return final_name
 
 
 def _spread(weight: Tensor, module: nn.Module) -> Tensor:

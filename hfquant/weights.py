@@ -59,11 +59,11 @@ class Weights:
     def __init__(self, model: PreTrainedModel, files: Sequence[Path]) -> None:
         self.model = model
         self.ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        name_of = _final_names(model)
+        name_of = final_names(model)
         self.places: dict[str, list[tuple[Path, str]]] = defaultdict(list)
         for file in files:
             for key in _keys(file):
-                self.places[name_of(key)].append((file, key))
+                self.places[name_of(key)[0]].append((file, key))
 
     def load(self, wanted: Callable[[str], bool]) -> None:
         """Read the parameters whose name is `wanted` into the model, in the model's dtypes.
@@ -132,16 +132,21 @@ def _read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise FormatError(f"{file} is damaged: {error}") from error
 
 
-def _final_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """The loader's map from a checkpoint's names to a model's; tensors that are fused get the name of the result."""
+def final_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
+    """The loader's map from a checkpoint's names to a model's, and whether it converts the tensor on the way.
+
+    Tensors that are fused get the name of the result.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    def final(key: str) -> str:
-        name, _ = rename_source_key(key, renamings, converters, prefix, state)
-        return rename_source_key(key, [], [], prefix, state)[0] if name not in state and key in state else name
+    def final(key: str) -> tuple[str, bool]:
+        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], prefix, state)
+        return name, converter is not None
 
     return final
 

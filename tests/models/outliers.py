@@ -13,10 +13,13 @@ than the outliers of a real model are. It tests that a method copes with such ac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+
+from . import MODEL_DIR
 
 
 def norm_consumers(model: LlamaForCausalLM, final_norm: bool = False) -> list[tuple[nn.Module, Sequence[nn.Linear]]]:
@@ -69,3 +72,12 @@ def spread(model: LlamaForCausalLM, octaves: int = 3, seed: int = 0, final_norm:
         exponents = torch.randint(-octaves, octaves + 1, (model.config.hidden_size,), generator=generator)
         scale_channels(norm, consumers, torch.exp2(exponents.float()))
     return model
+
+
+def save_variants(folder: Path, seed: int) -> dict[str, Path]:
+    """The bundled model as it is, with injected outlier channels, and with spread channels, saved below ``folder``."""
+    found = {"plain": MODEL_DIR}
+    for name, change in (("injected", inject), ("spread", spread)):
+        found[name] = folder / f"{name}-{seed}"
+        change(LlamaForCausalLM.from_pretrained(MODEL_DIR), seed=seed).save_pretrained(found[name])
+    return found
