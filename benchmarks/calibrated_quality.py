@@ -118,7 +118,7 @@ def main() -> None:
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
             part = text[seed * size : (seed + 1) * size]
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
-            sources, data = save_variants(Path(name), seed), calibration(tokenizer, files, seed)
+            sources, data = save_variants(MODEL_DIR, Path(name), seed), calibration(tokenizer, files, seed)
             for label, row in table.items():
                 kl[label].append(measure(reference, sources[row.variant], row, data))
                 print(f"seed {seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)

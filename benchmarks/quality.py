@@ -73,7 +73,7 @@ def main() -> None:
             part = text[seed * size : (seed + 1) * size]
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH))
-            sources = save_variants(Path(name), seed)
+            sources = save_variants(MODEL_DIR, Path(name), seed)
             for row, (method, options) in WEIGHTS.items():
                 rows.setdefault(row, []).append(kl_of(reference, MODEL_DIR, method, options))
             for row, (method, options) in INPUTS.items():

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from . import MODEL_DIR
-
 
 def norm_consumers(model: LlamaForCausalLM, final_norm: bool = False) -> list[tuple[nn.Module, Sequence[nn.Linear]]]:
     """Return every norm with the linear layers that read its output; the last norm only if ``final_norm``."""
@@ -74,10 +72,10 @@ def spread(model: LlamaForCausalLM, octaves: int = 3, seed: int = 0, final_norm:
     return model
 
 
-def save_variants(folder: Path, seed: int) -> dict[str, Path]:
-    """The bundled model as it is, with injected outlier channels, and with spread channels, saved below ``folder``."""
-    found = {"plain": MODEL_DIR}
+def save_variants(source: Path, folder: Path, seed: int) -> dict[str, Path]:
+    """A model as it is, with injected outlier channels, and with spread channels; the last two go below ``folder``."""
+    found = {"plain": source}
     for name, change in (("injected", inject), ("spread", spread)):
         found[name] = folder / f"{name}-{seed}"
-        change(LlamaForCausalLM.from_pretrained(MODEL_DIR), seed=seed).save_pretrained(found[name])
+        change(LlamaForCausalLM.from_pretrained(source), seed=seed).save_pretrained(found[name])
     return found
