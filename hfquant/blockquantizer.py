@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import processes
+from .blockview import in_float32
 from .calibration_state import OUTSIDE, State
 from .errors import UnsupportedError
 from .findings import LayerFinding
@@ -18,6 +19,7 @@ from .hidden import HiddenStates
 from .layer import Pieces, quantize_matrix
 from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
 from .ranges import RANGES
+from .settled import Settled, find_ends
 from .stats import CHANNELS, DRIFT, HESSIAN, InputStats, needs_of
 
 _STATISTICS = 1 << 31  # bytes of statistics of experts that are gathered in one pass
@@ -28,17 +30,31 @@ class BlockQuantizer:
 
     def __init__(self, run: State, index: int, name: str, block: nn.Module) -> None:
         self.run, self.index, self.name, self.block = run, index, name, block
-        self.groups = trace(name, block, run.targets, lambda: self.forward(0))
+        self.wide = False
+        self.settled: Settled | None = None
+        with find_ends(block) as self.ends:
+            self.groups = trace(name, block, run.targets, lambda: self.forward(0))
         self.twin: Twin | None = None
         self.closing: list[Callable[[], None]] = []
+        self.pieces: dict[str, dict[str, list[Pieces]]] = {}
 
-    def forward(self, number: int) -> Tensor:
-        """Run the block on a batch of the quantized model's hidden states."""
+    def forward(self, number: int, keep: bool = False) -> Any:
+        """Run the block on a batch of the quantized model's hidden states; `keep` the output of what is settled."""
         hidden, call = self.run.quantized[number], self.run.calls[number][self.index]
-        dtype = next(self.block.parameters()).dtype
-        if hidden.dtype != dtype:  # while transforms work in float32
-            hidden, call = hidden.to(dtype), call.to(dtype)
-        return call.run(self.block, hidden)
+        if self.wide:
+            hidden, call = hidden.float(), call.to(torch.float32)
+        if self.settled is None:
+            return call.run(self.block, hidden)
+        with self.settled.instead(number, hidden, keep):
+            return call.run(self.block, hidden)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Run the block in float32, which transforms work in."""
+        self.wide = True
+        with in_float32(self.block):
+            yield
+        self.wide = False
 
     def numbers(self) -> range:
         """Numbers of the batches."""
@@ -60,20 +76,21 @@ class BlockQuantizer:
                 group.stats.add(group.basis(x), originals.get(group.name))  # noqa: B023
 
             with suppress(Enough), watch(groups, seen, lambda: self.run.masks[number], stop=True):  # noqa: B023
-                self.forward(number)
+                self.forward(number, keep=True)
         for group in groups:
             assert group.stats is not None
             processes.merge(group.stats)
 
     def quantize(self, progress: Callable[[float], None]) -> list[LayerFinding]:
-        """Quantize every target of the block and put packed modules in their places."""
-        stages = list(_stages([group for group in self.groups if group.targets], self.run))
-        pieces: dict[str, dict[str, list[Pieces]]] = {}
+        """Quantize every target of the block, which computes with the quantized weights from now on."""
+        groups = [group for group in self.groups if group.targets]
+        stages = list(_stages(groups, self.run))
+        self.settled = self.settle(groups)
         findings = []
 
         def keep(made: Pieces) -> None:
             owner, leaf = _place(made.matrix)
-            pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
+            self.pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
             findings.append(made.finding)
 
         for done, stage in enumerate(stages):
@@ -84,13 +101,26 @@ class BlockQuantizer:
                 for made in self._quantize_group(group):
                     keep(made)
                 group.stats = None
-        for made in list(self._never_called(pieces)):
+            if self.settled is not None:
+                self.settled.finish(stage)
+        for made in list(self._never_called(self.pieces)):
+            made.stand_in()
             keep(made)
+        return findings
+
+    def settle(self, groups: list[Group]) -> Settled | None:
+        """What keeps the output of the part that is quantized first."""
+        return Settled(self.block, groups, self.ends, self.run.kept)
+
+    def place(self) -> None:
+        """Put packed modules in the places of the full-precision ones, which have computed the same so far."""
         for close in self.closing:
             close()
-        for owner, leaves in pieces.items():
+        if self.settled is not None:
+            self.settled.outputs.clear()
+            self.settled = None
+        for owner, leaves in self.pieces.items():
             self.run.swap(owner, leaves)
-        return findings
 
     def _never_called(self, done: Collection[str]) -> Iterator[Pieces]:
         """Targets that no batch reached: they are rounded to nearest."""
@@ -121,7 +151,11 @@ class OutsideQuantizer(BlockQuantizer):
         self.running = running
         super().__init__(run, -1, OUTSIDE, run.model)
 
-    def forward(self, number: int) -> Any:
+    def settle(self, groups: list[Group]) -> Settled | None:
+        """Nothing: what is not in a block has no parts."""
+        return None
+
+    def forward(self, number: int, keep: bool = False) -> Any:
         """Run the model on a batch."""
         self.running[0] = number
         return self.block(**self.run.batches[number])
@@ -175,7 +209,7 @@ def _lend_histograms(stage: list[Group]) -> None:
 
 
 def _stages(groups: list[Group], run: State) -> Iterator[list[Group]]:
-    """Groups whose statistics are gathered in one pass: one after the other, or all of a block at once.
+    """Groups whose statistics are gathered in one pass: one after the other.
 
     The experts of a layer go together, as far as their statistics fit into memory.
     """
@@ -191,11 +225,9 @@ def _stages(groups: list[Group], run: State) -> Iterator[list[Group]]:
 
 def _together(stage: list[Group], group: Group, run: State) -> bool:
     first, new = stage[0].matrices[0], group.matrices[0]
-    experts = first.module is new.module and first.parameter == new.parameter
-    if run.settings.sequential and not experts:
-        return False
     size = 8 * group.features**2 if HESSIAN in run.needs else 0
-    return first.expert is None or size * (len(stage) + 1) <= _STATISTICS
+    experts = first.module is new.module and first.parameter == new.parameter
+    return experts and size * (len(stage) + 1) <= _STATISTICS
 
 
 def _place(matrix: Matrix) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .chain import Chain, calls, first_call
 from .experts import expert_projections
 from .matrices import find_matrices, first_tensor, is_experts
+from .settled import find_ends
 
 
 @dataclass
@@ -22,13 +23,16 @@ class Reading:
     """Matrices [N, K] that are quantized and read the same input.
 
     `features`: K. `rows`: N of each. `tokens`: how many of a batch reach it. `before`: operations of the block for a
-    batch until the input is there. `copies`: inputs of this kind, one for each expert of a layer.
+    batch until the input is there. `part`: name of the child of the block that the first of them is in, `ends`: whether
+    what that child gives back is what the first of them gives. `copies`: inputs of this kind, one for each expert.
     """
 
     features: int
     rows: list[int]
     tokens: float
     before: float
+    part: str
+    ends: bool = False
     copies: int = 1
 
 
@@ -42,6 +46,25 @@ class BlockWork:
     bytes: int
     widest: int
     readings: list[Reading] = field(default_factory=list)
+
+    def gathering(self) -> float:
+        """Operations of a pass up to each reading, one after the other; what is settled is not run again."""
+        if not self.readings:
+            return 0.0
+        settled = self.settled()
+        first = [reading for reading in self.readings if reading.part == self.readings[0].part]
+        total = sum(reading.before for reading in first)
+        later = [reading.before - settled for reading in self.readings[len(first) :]]
+        if later and first[-1].ends:
+            total += settled - first[-1].before  # the matrix at the end of the part, on its own
+        elif later:
+            later[0] += settled  # all of the part, for the last time
+        return total + sum(later)
+
+    def settled(self) -> float:
+        """Operations of the part of the block that is quantized first, 0 if nothing comes after it."""
+        later = (r.before for r in self.readings if r.part != self.readings[0].part)
+        return next(later, 0.0)
 
 
 def block_works(model: Any, chain: Chain, targets: Collection[str], batch: Mapping[str, Any]) -> list[BlockWork]:
@@ -85,8 +108,12 @@ def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) ->
     shapes = {module: matrices[0].values().shape for module, matrices in owned.items() if matrices}
     found: dict[int, Reading] = {}
     alive: list[Tensor] = []  # so that no two inputs have the same id
+    firsts: dict[int, nn.Module] = {}
     extra = [0.0]
     widest = [0]
+
+    def part(module: nn.Module) -> str:
+        return names[module].split(".")[0]
 
     def linear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         rows, features = shapes[module]
@@ -95,8 +122,9 @@ def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) ->
             x = first_tensor(args, kwargs)
             alive.append(x)
             done = counter.get_total_flops() + extra[0]
-            reading = found.setdefault(id(x), Reading(features, [], x.numel() / features, done))
+            reading = found.setdefault(id(x), Reading(features, [], x.numel() / features, done, part(module)))
             reading.rows.append(rows)
+            firsts.setdefault(id(x), module)
 
     def experts(module: Any, x: Tensor) -> None:
         count, share = _routing(module, block)
@@ -107,7 +135,7 @@ def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) ->
             done = counter.get_total_flops() + extra[0]
             tokens = x.numel() / x.shape[-1] * share
             if names[module] in targets:
-                reading = Reading(features, [rows], tokens / count, done, count)
+                reading = Reading(features, [rows], tokens / count, done, part(module), copies=count)
                 found[id(bank)] = reading
             extra[0] += 2 * tokens * rows * features
 
@@ -115,8 +143,12 @@ def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) ->
         for module in shapes:
             stack.callback(module.register_forward_pre_hook(linear, with_kwargs=True).remove)
         stack.enter_context(_without_experts(block, experts))
+        ends = stack.enter_context(find_ends(block))
         counter = stack.enter_context(FlopCounterMode(display=False))
         run()
+    last = {end for end, _ in ends.values()}
+    for key, module in firsts.items():
+        found[key].ends = module in last
     size = sum(p.numel() * p.element_size() for p in block.parameters())
     return BlockWork(counter.get_total_flops() + extra[0], size, widest[0], list(found.values()))
 

@@ -4,8 +4,9 @@ quantized block makes of its inputs.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from transformers import PreTrainedModel
 from . import processes
 from .blockquantizer import BlockQuantizer, OutsideQuantizer
 from .blockview import BlockView, in_float32, outside_view
-from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store, Tick
+from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store, Tick, head, mask_of, share
 from .chain import Call, calls, find_chain, first_call, no_cache, stubs
 from .config import HfQuantConfig
 from .coverage import Target
-from .errors import CalibrationError, SpecError, UnsupportedError
+from .errors import SpecError, UnsupportedError
 from .findings import BlockFinding, LayerFinding
 from .hidden import HiddenStates
 from .layer import quantize_matrix
@@ -28,9 +29,8 @@ from .matrices import Matrix
 from .quantize import for_table
 from .recipe import Recipe
 from .stats import DRIFT
+from .swap import swap_out
 from .transforms import TRANSFORMS
-
-_PROBE = (2, 32)  # samples and tokens of the probe that transforms are verified on
 
 
 class Calibration:
@@ -47,16 +47,17 @@ class Calibration:
         tick: Tick | None = None,
     ) -> None:
         folder = settings.offload if settings is not None else None
-        self.first = _head(batches[0])  # the same for all processes, which must not decide differently
+        self.first = head(batches[0])  # the same for all processes, which must not decide differently
         self.state = State(
             model,
             config,
             find_chain(model),
             {target.name: target for target in targets},
-            _share(batches, config.data.data is None),
+            share(batches, config.data.data is None),
             settings or Settings(),
             HiddenStates(folder / "original" if folder else None),
             HiddenStates(folder / "quantized" if folder else None),
+            HiddenStates(folder / "kept" if folder else None),
         )
         self.store: Store = store or InMemory()
         self.tick = tick or (lambda what, share: None)
@@ -75,6 +76,7 @@ class Calibration:
                 module.training = modes[name]
             self.state.original.clear()
             self.state.quantized.clear()
+            self.state.kept.clear()
 
     def _run(self) -> Iterator[BlockFinding]:
         names = self.state.chain.names()
@@ -100,15 +102,16 @@ class Calibration:
         call, hidden = first_call(self.state.model, self.state.chain, probe)
         self.state.tupled = isinstance(call.output(self.state.chain.holder[0], hidden), tuple)
         for number, batch in enumerate(self.state.batches):
-            found, self.state.original[number] = calls(self.state.model, self.state.chain, batch, self.state.tupled)
-            self.state.calls.append(found)
+            found, state.quantized[number] = calls(state.model, state.chain, batch, state.tupled)
+            state.calls.append(found)
+            if number in state.followed:
+                state.original[number] = state.quantized[number]
         self.probe_calls, self.probe = calls(self.state.model, self.state.chain, probe, self.state.tupled)
-        self.state.masks = [_mask(batch) for batch in self.state.batches]
+        self.state.masks = [mask_of(batch) for batch in self.state.batches]
         self._transform_outside()  # only now: the original hidden states are the original model's
-        for number, batch in enumerate(state.batches):
-            again = state.recipe.transforms  # they may have changed the embeddings
-            entering = calls(state.model, state.chain, batch, state.tupled)[1] if again else state.original[number]
-            state.quantized[number] = entering
+        if state.recipe.transforms:  # they may have changed the embeddings
+            for number, batch in enumerate(state.batches):
+                state.quantized[number] = calls(state.model, state.chain, batch, state.tupled)[1]
 
     def _transform_outside(self) -> None:
         self.outside_notes.clear()
@@ -134,20 +137,21 @@ class Calibration:
         self.store.load(name)
         block = self.state.chain.holder[index]
         before = HiddenStates(_sibling(self.state.settings.offload)) if DRIFT in self.state.needs else None
-        for number in range(len(self.state.batches)):
+        for number in self.state.followed:
             if before is not None:
                 before[number] = self.state.original[number]
             self.state.original[number] = self.state.calls[number][index].run(block, self.state.original[number])
         probe = self._probe_after(index, block)
-        earlier = self.store.finished(name)
-        finding = earlier or self._quantize_block(index, name, block, before)
+        finding = self.store.finished(name)
+        if finding is None:
+            finding = self._quantize_block(index, name, block, before)
+            finding.seconds = time.perf_counter() - started
+            self.store.finish(name, finding)
+        else:
+            self._replay(index, block)
         if before is not None:
             before.clear()
         self.probe = probe
-        error = self._advance(index)
-        if earlier is None:
-            finding.error, finding.seconds = error, time.perf_counter() - started
-            self.store.finish(name, finding)
         self.store.free(name)
         return finding
 
@@ -157,14 +161,26 @@ class Calibration:
         if before is not None:
             work.follow_original(before, self.state.shared.get("basis"))
         layers = work.quantize(lambda part: self._progress(name, index, part))
-        return BlockFinding(name, 0.0, 0.0, layers, notes)
+        if self.state.runs_packed:
+            work.place()
+        error = self._advance(work.forward)
+        if not self.state.runs_packed:
+            work.place()
+        return BlockFinding(name, error, 0.0, layers, notes)
+
+    def _replay(self, index: int, block: nn.Module) -> None:
+        """Go past a block that an earlier run finished, bit for bit as that run did."""
+        if not self.state.runs_packed:
+            block = copy.deepcopy(block)
+            swap_out(block)
+        self._advance(lambda number: self.state.calls[number][index].run(block, self.state.quantized[number]))
 
     def _transform(self, work: BlockQuantizer) -> list[str]:
         """Apply the recipe's transforms to a block, in float32."""
         if not self.state.recipe.transforms:
             return []
         call = self.probe_calls[work.index].to(torch.float32)
-        with in_float32(work.block):
+        with work.in_float32():
             recipe, shared = self.state.recipe, self.state.shared
             probe = self.probe.float()
             view = BlockView(work.name, work.block, work.groups, recipe, call, probe, work.gather, shared)
@@ -179,13 +195,14 @@ class Calibration:
         with in_float32(block):
             return self.probe_calls[index].to(torch.float32).run(block, self.probe.float()).clone()
 
-    def _advance(self, index: int) -> float:
-        """Run the quantized block on the quantized model's hidden states; its distance from the original's."""
+    def _advance(self, forward: Callable[[int], Tensor]) -> float:
+        """Replace the quantized model's hidden states by those after a block; their distance from the original's."""
         error = power = 0.0
-        block, basis = self.state.chain.holder[index], self.state.shared.get("basis")
+        basis = self.state.shared.get("basis")
         for number in range(len(self.state.batches)):
-            out = self.state.calls[number][index].run(block, self.state.quantized[number])
-            self.state.quantized[number] = out
+            self.state.quantized[number] = out = forward(number)
+            if number not in self.state.followed:
+                continue
             exact, seen = self.state.original[number].float(), out.float()
             seen = seen if basis is None else (seen @ basis.T.to(seen))
             keep = self.state.masks[number]
@@ -222,6 +239,7 @@ class Calibration:
             if any(target.kind != "embedding" for target in rest):
                 work = OutsideQuantizer(self.state, running)
                 layers = work.quantize(lambda part: self._progress("the rest", last + 1, part))
+                work.place()
         layers += self._quantize_embeddings([target for target in rest if target.kind == "embedding"])
         return BlockFinding(OUTSIDE, 0.0, time.perf_counter() - started, layers, list(self.outside_notes))
 
@@ -243,38 +261,6 @@ def _check(recipe: Recipe, targets: Sequence[Target]) -> None:
         raise SpecError(f"a transform of the whole model (a rotation) comes first, got {names}")
     if recipe.columns.name != "none" and any(target.kind == "experts" for target in targets):
         raise UnsupportedError("16-bit columns of fused experts are not calibrated: leave the columns step out")
-
-
-def _share(batches: Sequence[Batch], stand_in: bool) -> list[Batch]:
-    """This process' batches; a stand-in for data, which nothing depends on, is everybody's."""
-    if stand_in:
-        return list(batches)
-    if len(batches) < processes.world():
-        raise CalibrationError(
-            f"{processes.world()} processes share {len(batches)} batches of calibration data: start fewer processes, "
-            "or give more data or a smaller batch_size"
-        )
-    return list(batches)[processes.rank() :: processes.world()]
-
-
-def _head(batch: Batch) -> dict[str, Any]:
-    """The beginning of a batch: a few samples, a few tokens."""
-    samples, length = _PROBE
-    lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() == 2}
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        long = value.dim() in (2, 3) and value.shape[1] in lengths  # ids, masks, embeddings; not images
-        return value[:samples, :length] if long else value[:samples]
-
-    return {name: cut(value) for name, value in batch.items()}
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    """Which positions [B, L] of a batch are no padding, None if all are."""
-    mask = batch.get("attention_mask")
-    return None if mask is None or bool(mask.all()) else mask.bool()
 
 
 def _sibling(folder: Path | None) -> Path | None:

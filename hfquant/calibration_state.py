@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,14 +11,17 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import processes
 from .chain import Call, Chain
 from .config import HfQuantConfig
 from .coverage import Target
+from .errors import CalibrationError
 from .findings import BlockFinding
 from .hidden import HiddenStates
 from .layer import Pieces, hold_pieces
 from .quantize import needs
 from .recipe import Recipe
+from .stats import DRIFT
 from .swap import swap_in
 
 Batch = Mapping[str, Any]
@@ -26,17 +30,18 @@ Tick = Callable[[str, float], None]
 
 OUTSIDE = ""  # stands for everything that is not in a block
 
+FOLLOWED = 4  # samples that the original model runs on too, to compare hidden states
+_PROBE = (2, 32)  # samples and tokens of the probe that transforms are verified on
+
 
 @dataclass(frozen=True)
 class Settings:
     """How to calibrate, as opposed to what to quantize into.
 
-    `sequential`: layers of a block see what the quantized layers before them make of their input (one pass over the
-    data for each group of layers); False gathers all statistics of a block at once. `offload`: folder for the hidden
-    states between blocks, None to keep them in memory. `min_tokens`: a matrix that saw fewer is rounded to nearest.
+    `offload`: folder for the hidden states between blocks, None to keep them in memory. `min_tokens`: a matrix that saw
+    fewer is rounded to nearest.
     """
 
-    sequential: bool = True
     offload: Path | None = None
     min_tokens: int = 16
 
@@ -87,7 +92,8 @@ class State:
 
     `targets`: modules to quantize by name. `batches`: this process' share of the data; `masks`: which positions [B, L]
     of each are no padding, None for all. `calls`: how each block is called for each batch, [batch][block].
-    `original`, `quantized`: hidden states that enter the next block in the original and in the quantized model.
+    `original`, `quantized`: hidden states that enter the next block in the original and in the quantized model; the
+    original one runs only on the batches `followed`. `kept`: what `Settled` keeps of the running block.
     `shared`: what transforms remember; "basis" [H, H] is the one that the quantized model's hidden states are in.
     """
 
@@ -99,6 +105,7 @@ class State:
     settings: Settings
     original: HiddenStates
     quantized: HiddenStates
+    kept: HiddenStates = field(default_factory=HiddenStates)
     masks: list[Tensor | None] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     tupled: bool = False
@@ -107,6 +114,16 @@ class State:
     def __post_init__(self) -> None:
         self.recipe: Recipe = self.config.recipe
         self.needs = needs(self.recipe)
+        self.followed = list(range(len(self.batches)))
+        if DRIFT not in self.needs:
+            # The same ones, whatever the number of processes that share the batches.
+            count = math.ceil(FOLLOWED / max(1, _samples(self.batches[0])))
+            self.followed = [n for n in self.followed if n * processes.world() + processes.rank() < count]
+
+    @property
+    def runs_packed(self) -> bool:
+        """Whether hidden states come from packed modules, which quantize their inputs, instead of their weights."""
+        return self.recipe.scheme.input is not None
 
     def is_inside(self, name: str) -> bool:
         """Whether a module lies in one of the blocks."""
@@ -116,3 +133,40 @@ class State:
         """Put a packed module in the place of a full-precision one."""
         swap_in(self.model, [self.targets[name]], self.recipe, {}, wait=False)
         hold_pieces(self.model.get_submodule(name), pieces, self.config, name)
+
+
+def share(batches: Sequence[Batch], stand_in: bool) -> list[Batch]:
+    """This process' batches; a stand-in for data, which nothing depends on, is everybody's."""
+    if stand_in:
+        return list(batches)
+    if len(batches) < processes.world():
+        raise CalibrationError(
+            f"{processes.world()} processes share {len(batches)} batches of calibration data: start fewer processes, "
+            "or give more data or a smaller batch_size"
+        )
+    return list(batches)[processes.rank() :: processes.world()]
+
+
+def head(batch: Batch) -> dict[str, Any]:
+    """The beginning of a batch: a few samples, a few tokens."""
+    samples, length = _PROBE
+    lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() == 2}
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        long = value.dim() in (2, 3) and value.shape[1] in lengths  # ids, masks, embeddings; not images
+        return value[:samples, :length] if long else value[:samples]
+
+    return {name: cut(value) for name, value in batch.items()}
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """Which positions [B, L] of a batch are no padding, None if all are."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def _samples(batch: Batch) -> int:
+    """How many samples a batch has."""
+    return next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)

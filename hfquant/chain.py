@@ -82,8 +82,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return tuple(_cast(item, dtype) for item in value) if isinstance(value, tuple) else value
 
 
-class _Stub(nn.Module):
-    """Stands for a block: notes how it is called, and answers as the block would."""
+class Stub(nn.Module):
+    """Stands for a block, or a part of one: notes how it is called, and answers as the original would."""
 
     def __init__(self, original: nn.Module, answer: Callable[[Call, Tensor], Any]) -> None:
         super().__init__()
@@ -91,6 +91,7 @@ class _Stub(nn.Module):
         self.answer = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `answer` says."""
         if args:
             return self.answer(Call(args[1:], kwargs), args[0])
         keyword = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
@@ -114,7 +115,7 @@ def stubs(chain: Chain, answer: Callable[[int, Call, Tensor], Any]) -> Iterator[
 
     try:
         for index, block in enumerate(blocks):
-            chain.holder[index] = _Stub(block, of(index))
+            chain.holder[index] = Stub(block, of(index))
         yield
     finally:
         for index, block in enumerate(blocks):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .blockwork import BlockWork, Reading, block_works
-from .calibration_state import Settings
+from .calibration_state import FOLLOWED, Settings
 from .chain import find_chain
 from .config import HfQuantConfig
 from .coverage import Target
@@ -30,7 +30,7 @@ _PACKED, _WORKED, _AT_ONCE = 6, 32, 1 << 21  # bytes of a weight for its codes; 
 _SAMPLE = 256  # tokens that the error of an output is looked at with
 _TRIALS, _TRIED_ROWS = 40, 512  # rewrites that a transform which reads Gram matrices tries, on so many rows of a weight
 _START, _DISK = 1.0, 5e8  # seconds for tokenizer, configuration and files; bytes a second
-_GRAM = (1 << 12, 1 << 10)  # tokens and columns that a Gram matrix is made of at once
+_GRAM = (1 << 12, 1 << 8)  # tokens and columns that a Gram matrix is made of at once
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,12 @@ def _memory(run: _Run, targets: Sequence[Target], before: float) -> tuple[dict[s
     inside = sum(block.bytes for block in run.blocks)
     total = sum(p.numel() * p.element_size() for p in run.model.parameters())
     dtype = run.model.dtype.itemsize
-    sets = 3 if DRIFT in run.needs else 2
-    held = run.samples if run.settings.offload is not None else run.samples * run.number
+    held = min(run.number, 1) if run.settings.offload is not None else run.number
     size = largest.bytes * (4 / dtype if run.config.recipe.transforms else 1)
     size *= 2 if DRIFT in run.needs else 1  # the copy that runs on the original model's hidden states
     parts = {
         "process": before * 1e6,
-        "hidden states": sets * held * run.length * run.hidden * dtype,
+        "hidden states": _sets(run, held) * run.tokens * run.hidden * dtype,
         "block": size,
         "statistics": max(_gathered(run, block) for block in run.blocks),
         "rounding": max(_rounding(run, block) for block in run.blocks),
@@ -170,6 +169,15 @@ def _memory(run: _Run, targets: Sequence[Target], before: float) -> tuple[dict[s
     return {name: round(value / 1e6, 3) for name, value in parts.items()}, peak / 1e6
 
 
+def _sets(run: _Run, held: int) -> int:
+    """Batches of hidden states in memory, if `held` of each kind are: of the quantized model, what is kept of a block,
+    of the original model, and with its drift those that entered the block too.
+    """
+    if DRIFT in run.needs:
+        return 4 * held
+    return 2 * held + min(held, math.ceil(FOLLOWED / run.samples))
+
+
 def _quantizes_outside(run: _Run, targets: Sequence[Target]) -> bool:
     chain = find_chain(run.model)
     return any(not target.name.startswith(f"{chain.name}.") for target in targets)
@@ -178,7 +186,7 @@ def _quantizes_outside(run: _Run, targets: Sequence[Target]) -> bool:
 def _gathered(run: _Run, block: BlockWork) -> float:
     """Bytes of the statistics that are gathered in one pass, at most."""
     squares = (HESSIAN in run.needs) + (DRIFT in run.needs)
-    sizes = [sum(8 * squares * r.copies * r.features**2 for r in stage) for stage in _stages(run, block)]
+    sizes = [8 * squares * r.copies * r.features**2 for r in block.readings]
     for what in run.transform_needs:
         sizes.append(sum(8 * (HESSIAN in what) * r.copies * r.features**2 for r in block.readings))
     return float(max(sizes, default=0))
@@ -216,11 +224,6 @@ def _resident_mb() -> float:
 # ---- time
 
 
-def _stages(run: _Run, block: BlockWork) -> list[list[Reading]]:
-    """Readings whose statistics are gathered in one pass."""
-    return [[reading] for reading in block.readings] if run.settings.sequential else [block.readings]
-
-
 def _seconds(run: _Run, speed: Throughput) -> dict[str, float]:
     found = {"forward passes": 0.0, "statistics": 0.0, "rounding": 0.0}
     if any(HESSIAN in what for what in run.transform_needs):
@@ -240,9 +243,10 @@ def _seconds(run: _Run, speed: Throughput) -> dict[str, float]:
 
 
 def _forward(run: _Run, block: BlockWork, speed: Throughput) -> float:
-    """The original model's pass, the quantized one's, and one up to each group of matrices."""
-    partial = [stage[-1].before / max(block.flops, 1) for stage in _stages(run, block) if stage]
-    passes = 2 + sum(partial) * (2 if DRIFT in run.needs else 1)
+    """The original model's pass over a few batches, the quantized one's, and one up to each group of matrices."""
+    again, full = block.gathering() - block.settled(), sum(reading.before for reading in block.readings)
+    followed = 1 if DRIFT in run.needs else min(1.0, math.ceil(FOLLOWED / run.samples) / run.number)
+    passes = 1 + followed + (again + (full if DRIFT in run.needs else 0.0)) / max(block.flops, 1)
     outputs = sum(sum(reading.rows) * reading.copies for reading in block.readings)
     elementwise = run.tokens * (_FORWARD[0] * run.hidden + _FORWARD[1] * outputs) / speed.elements
     gathering = sum(bool(what) for what in run.transform_needs) * (block.flops / speed.single + elementwise)

@@ -14,8 +14,16 @@ class HiddenStates:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._held: dict[int, Tensor] = {}
+        self._known: set[int] = set()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, batch: int) -> bool:
+        return batch in self._known
+
+    def numbers(self) -> list[int]:
+        """The batches that are there."""
+        return sorted(self._known)
 
     def __getitem__(self, batch: int) -> Tensor:
         if self.folder is None:
@@ -23,6 +31,7 @@ class HiddenStates:
         return load_file(self._file(batch))["hidden"]
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        self._known.add(batch)
         if self.folder is None:
             self._held[batch] = hidden
         else:
@@ -31,6 +40,7 @@ class HiddenStates:
     def clear(self) -> None:
         """Forget them all, files included."""
         self._held.clear()
+        self._known.clear()
         if self.folder is not None:
             for file in self.folder.glob("*.safetensors"):
                 file.unlink()

@@ -122,7 +122,7 @@ def quantize_linear(
     body, outliers = take_outliers(w, columns, kept_in)
     find: Callable = partial(RANGES.get(recipe.range.name), **recipe.range.options)
     rounder = ROUNDERS.get(recipe.rounder.name)
-    q = rounder(body, find(body, spec, stats), find, stats, **recipe.rounder.options)
+    q = rounder(body, spec, find, stats, **recipe.rounder.options)
     return replace(q, outliers=outliers, rotated=rotated)
 
 

@@ -15,7 +15,7 @@ from .hadamard import hadamard
 from .layouts import unpack, unpack_inputs
 from .qtensor import InputParams, Outliers
 from .ranges import absmax
-from .rounders import nearest
+from .rounders import to_nearest
 from .scales import decode, encode
 from .spec import InputSpec, PackedSpec, TensorSpec
 from .stats import Stats
@@ -73,7 +73,7 @@ def round_trip(x: Tensor, spec: TensorSpec) -> Tensor:
     """
     if x.numel() == 0:
         return x
-    seen = nearest(x, absmax(x, spec, _INPUT), absmax, _INPUT).dequantize()
+    seen = to_nearest(x, absmax(x, spec, _INPUT)).dequantize()
     (peak,) = spec.blocks.reduce(x, lambda block: (block.abs().amax(1),))
     zero_or_nan = peak - peak
     return seen + spec.blocks.expand(zero_or_nan, (x.shape[0], x.shape[1]))

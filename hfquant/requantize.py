@@ -19,7 +19,7 @@ from .hadamard import hadamard
 from .qtensor import QTensor
 from .quantize import check_finite
 from .ranges import Params, absmax
-from .rounders import nearest
+from .rounders import to_nearest
 from .stats import Stats
 
 _NAMED = Stats("the assigned weight")
@@ -61,7 +61,7 @@ def requantize(w: Tensor, like: QTensor) -> QTensor:
 
 def _candidates(body: Tensor, old: QTensor) -> list[QTensor]:
     """The new values to the nearest code in the old ranges, and in new ones."""
-    return [nearest(body, params, absmax, _NAMED) for params in (_params_of(old), absmax(body, old.spec, _NAMED))]
+    return [to_nearest(body, params) for params in (_params_of(old), absmax(body, old.spec, _NAMED))]
 
 
 def _params_of(q: QTensor) -> Params:

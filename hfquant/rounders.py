@@ -1,4 +1,4 @@
-"""Rounders: which codes. A rounder gets the range function too, because GPTQ ranges each group again."""
+"""Rounders: which codes. A rounder gets the range function, because GPTQ looks for ranges as it goes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ FindRange = Callable[[Tensor, TensorSpec, Stats], Params]
 
 
 class Rounder(Protocol):
-    """Turns a weight [N, K] and its grid parameters into codes."""
+    """Turns a weight [N, K] into codes and grid parameters."""
 
-    def __call__(self, w: Tensor, params: Params, find: FindRange, stats: Stats, /, **options: Any) -> QTensor:
-        """`find` is the range function with its options already bound."""
+    def __call__(self, w: Tensor, spec: TensorSpec, find: FindRange, stats: Stats, /, **options: Any) -> QTensor:
+        """`find` is the range function with its options already bound: it gives the grid parameters of a weight."""
 
 
 ROUNDERS: Table[Rounder] = Table("rounder")
 
 
-def nearest(w: Tensor, params: Params, find: FindRange, stats: Stats) -> QTensor:
+def nearest(w: Tensor, spec: TensorSpec, find: FindRange, stats: Stats) -> QTensor:
     """Each weight to the nearest level of its block, ties to even."""
+    return to_nearest(w, find(w, spec, stats))
+
+
+def to_nearest(w: Tensor, params: Params) -> QTensor:
+    """A weight [N, K] on the levels that `params` describe, each value on the nearest one, ties to even."""
     spec, shape = params.spec, (w.shape[0], w.shape[1])
     codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
     for rows in row_chunks(shape):

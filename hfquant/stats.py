@@ -16,7 +16,7 @@ CHANNELS, HISTOGRAM, HESSIAN, DRIFT = "channels", "histogram", "hessian", "drift
 NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT)
 
 _ROWS, _VALUES = 1 << 12, 1 << 21  # tokens, and values of them, worked on at once
-_COLUMNS = 1 << 10  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
+_COLUMNS = 1 << 8  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
 
 SAMPLE, _SAMPLE_EACH = 256, 64  # tokens kept of all, and of those that are added at once
 

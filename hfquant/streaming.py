@@ -213,7 +213,7 @@ def _request(
     asked = {key: plain[key] for key in ("method", "recipe", "modules_to_not_convert", "embeddings", "calibration")}
     # Another training of the same model has files of the same sizes.
     source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    how = {"sequential": settings.sequential, "min_tokens": settings.min_tokens, "dtype": config.source_dtype}
+    how = {"min_tokens": settings.min_tokens, "dtype": config.source_dtype}
     known = versions(config.plugins)
     return {**asked, "source": source, **how, "processes": processes.world(), "versions": known}
 

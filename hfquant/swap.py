@@ -141,14 +141,15 @@ def _quantize_experts(module: QExperts, w: Tensor, recipe: Recipe, stats: Stats)
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}, spec
 
 
-def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed module by an ordinary one with dequantized weights in `dtype`."""
+def swap_out(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every packed module by an ordinary one with dequantized weights in `dtype`, None for its own."""
     for name, module in list(packed_modules(model)):
+        wanted = dtype or module.dtype
         if isinstance(module, QExperts):
-            _restore_experts(module, dtype)
+            _restore_experts(module, wanted)
         else:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, adopt(_restore(module, dtype), module))
+            setattr(model.get_submodule(parent), leaf, adopt(_restore(module, wanted), module))
 
 
 def _restore(module: PackedModule, dtype: torch.dtype) -> nn.Module:

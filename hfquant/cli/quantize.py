@@ -78,14 +78,6 @@ def quantize_command(
     no_packing: Annotated[
         bool, typer.Option("--no-packing", help="A sample for each text, padded.", rich_help_panel=CALIBRATION)
     ] = False,
-    no_sequential: Annotated[
-        bool,
-        typer.Option(
-            "--no-sequential",
-            help="All statistics of a block at once: faster, less exact.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = False,
     offload: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep hidden states there instead of in memory.", rich_help_panel=CALIBRATION),
@@ -121,7 +113,7 @@ def quantize_command(
         double_quant=True if double_quant else None,
         range=None if range is None else parse_value(range),
     )
-    settings = _settings(config, not no_sequential, offload, resume)
+    settings = _settings(config, offload, resume)
     if dry_run:
         report = preview(src, config, dtype, revision, settings)
     elif output is None:
@@ -142,12 +134,12 @@ def quantize_command(
         _show(report)
 
 
-def _settings(config: HfQuantConfig, sequential: bool, offload: Path | None, resume: bool | None) -> Settings | None:
+def _settings(config: HfQuantConfig, offload: Path | None, resume: bool | None) -> Settings | None:
     """How to calibrate, None for methods that do not. Raises SpecError for options without effect."""
-    given = {"--no-sequential": not sequential, "--offload": offload is not None}
+    given = {"--offload": offload is not None}
     given["--no-resume" if resume is False else "--resume"] = resume is not None
     refuse_without_blocks(config, [name for name, there in given.items() if there])
-    return Settings(sequential, offload) if works_on_blocks(config.recipe) else None
+    return Settings(offload) if works_on_blocks(config.recipe) else None
 
 
 def _show(report: Report) -> None:

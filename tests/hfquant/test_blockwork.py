@@ -75,6 +75,25 @@ def test_operations_of_a_llama_block_in_closed_form():
     assert found[0].bytes == 4 * sum(p.numel() for p in model.model.layers[0].parameters())
 
 
+def test_a_llama_block_runs_its_attention_once_and_half_of_its_mlp_again():
+    found, model, _, batch = works("llama")
+    tokens, attention = batch["input_ids"].numel(), model.model.layers[0].self_attn
+    mlp = 2 * tokens * sum(p.numel() for p in model.model.layers[0].mlp.parameters())
+    assert found[0].settled() == found[0].flops - mlp
+    last = 2 * tokens * attention.o_proj.weight.numel()
+    assert found[0].gathering() == (found[0].settled() - last) + last + mlp * 2 / 3
+    assert [reading.ends for reading in found[0].readings] == [False, True, False, True]
+
+
+def test_a_bert_block_runs_its_attention_twice():
+    found, model, _, batch = works("bert")
+    layer, tokens = model.bert.encoder.layer[0], batch["input_ids"].numel()
+    first, second = (2 * tokens * matrix.weight.numel() for matrix in (layer.intermediate.dense, layer.output.dense))
+    assert found[0].settled() == found[0].flops - first - second
+    end = 2 * tokens * layer.attention.output.dense.weight.numel()
+    assert found[0].gathering() == (found[0].settled() - end) + found[0].settled() + first
+
+
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_share_the_tokens_that_the_router_sends_out(kind):
     found, model, _, batch = works(kind)

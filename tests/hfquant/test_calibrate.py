@@ -23,7 +23,6 @@ from hfquant.nn import QEmbedding, QLinear
 from hfquant.presets import kbit
 from hfquant.qtensor import QTensor
 from hfquant.quantize import quantize_linear
-from hfquant.ranges import absmax
 from hfquant.recipe import Recipe, Step
 from hfquant.rounders import nearest
 from hfquant.stats import HESSIAN, Stats, needs
@@ -34,14 +33,14 @@ Seen = dict[str, Stats]
 
 
 @needs(HESSIAN)
-def aware(w: Tensor, params: Any, find: Any, stats: Stats) -> QTensor:
+def aware(w: Tensor, spec: Any, find: Any, stats: Stats) -> QTensor:
     """Codes that depend on the inputs: nearest for weights that are up to a tenth larger, with their input channel."""
     inputs = stats.seen(HESSIAN)
     assert inputs.gram is not None
     stats.note(f"{inputs.tokens} tokens")
     size = inputs.gram.diagonal().sqrt()
     scaled = w * (1 + 0.1 * size / size.max()).to(w)
-    return nearest(scaled, absmax(scaled, params.spec, stats), find, stats)
+    return nearest(scaled, spec, find, stats)
 
 
 def aware_preset(bits: int = 4) -> Recipe:
@@ -167,11 +166,10 @@ def gram_of(model: PreTrainedModel, name: str) -> Tensor:
     return x.T @ x
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-def test_layers_of_a_block_see_the_quantized_ones_before_them_if_asked(seen: Seen, sequential: bool) -> None:
+def test_layers_of_a_block_see_the_quantized_ones_before_them(seen: Seen) -> None:
     model, original = tiny_model("llama"), tiny_model("llama")
-    calibrate(model, settings=Settings(sequential=sequential))
-    for part, exact in (("self_attn.q_proj", True), ("self_attn.o_proj", not sequential)):
+    calibrate(model)
+    for part, exact in (("self_attn.q_proj", True), ("self_attn.o_proj", False)):
         name = f"model.layers.0.{part}"
         told = seen[name].inputs
         assert told is not None and told.gram is not None
@@ -181,17 +179,14 @@ def test_layers_of_a_block_see_the_quantized_ones_before_them_if_asked(seen: See
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_one_pass_for_each_group_or_one_for_a_block(kind: str) -> None:
-    passes = {}
-    for sequential in (True, False):
-        model = tiny_model(kind)
-        calls = []
-        first = model.model.layers[0].self_attn.q_proj
-        first.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
-        calibrate(model, settings=Settings(sequential=sequential))
-        passes[sequential] = len(calls)
-    # All experts of a layer together: attention has 2 inputs, a dense block 2 more, a routed one too.
-    assert passes[True] - passes[False] == 3
+def test_what_follows_the_attention_takes_a_pass_for_each_group_and_the_last_one(kind: str) -> None:
+    model = tiny_model(kind)
+    calls: list[int] = []
+    last = model.model.layers[1].post_attention_layernorm
+    last.register_forward_pre_hook(lambda module, args: calls.append(1))
+    calibrate(model)
+    # All experts of a layer go together. Besides: the original block, and a run to see what it is made of.
+    assert len(calls) == 2 + 1 + 2
 
 
 def test_batches_of_any_size_give_the_same_codes() -> None:

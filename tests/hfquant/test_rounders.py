@@ -60,7 +60,7 @@ def test_chunks_do_not_show(seed: int, chunk: int) -> None:
 def test_fitted_levels_travel_with_the_weight_in_a_known_shape(bits: int) -> None:
     spec = TensorSpec(f"quantile{bits}", Blocks(1, 8))
     w = torch.tensor([[1.0, -1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]])  # fewer distinct values than levels
-    q = nearest(w, absmax(w, spec, Stats()), absmax, Stats())
+    q = nearest(w, spec, absmax, Stats())
     assert q.levels is not None and q.levels.shape == (2**bits,) and q.levels.dtype == torch.float32
     assert (q.levels.diff() >= 0).all() and int(q.codes.max()) < 2**bits
 

@@ -18,10 +18,10 @@ RECIPE = HfQuantConfig("int4").recipe
 COLUMN, ELEMENT = 4e-5, 4e-7  # seconds
 
 
-def slow(w, params, find, stats, column=0.0, element=0.0):
+def slow(w, spec, find, stats, column=0.0, element=0.0):
     """Nearest rounding that takes its time, as the clock of the probe counts it."""
     end = time.process_time() + w.shape[1] * column + w.numel() * element
-    q = nearest(w, params, find, stats)
+    q = nearest(w, spec, find, stats)
     while time.process_time() < end:
         pass
     return q

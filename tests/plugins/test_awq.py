@@ -21,7 +21,7 @@ from hfquant.eval import Reference, token_batches
 from hfquant.folds import find_folds
 from hfquant.ranges import Params, absmax, mse
 from hfquant.recipe import Recipe, Step
-from hfquant.rounders import nearest
+from hfquant.rounders import to_nearest
 from hfquant.spec import TensorSpec
 from hfquant.stats import CHANNELS, HESSIAN, InputStats, Stats
 from hfquant.testing.tiny import KINDS, tiny_inputs, tiny_model
@@ -177,7 +177,7 @@ def test_searches_that_make_no_sense_are_refused(option: dict[str, Any]) -> None
 
 def clipping_loss(w: Tensor, params: Params, x: Tensor) -> Tensor:
     """Squared error of what each block [R, C] adds to the outputs, summed over its rows."""
-    values = nearest(w, params, lambda *_: params, Stats()).dequantize()
+    values = to_nearest(w, params).dequantize()
     shape = (w.shape[0], w.shape[1])
     height, width = params.spec.blocks.sides(shape)
     losses = torch.zeros(params.spec.blocks.counts(shape), dtype=torch.float64)

@@ -13,7 +13,7 @@ from hfquant.errors import SpecError
 from hfquant.folds import Fold, apply_folds, find_folds
 from hfquant.matrices import Group
 from hfquant.ranges import absmax
-from hfquant.rounders import nearest
+from hfquant.rounders import to_nearest
 from hfquant.spec import TensorSpec
 from hfquant.stats import CHANNELS, HESSIAN, Stats
 
@@ -155,7 +155,7 @@ def output_error(w: Tensor, scale: Tensor, gram: Tensor, spec: TensorSpec) -> fl
 def quantized(w: Tensor, spec: TensorSpec) -> Tensor:
     """`w` [N, K] rounded to nearest in `spec` without clipping, float32."""
     stats = Stats()
-    return nearest(w, absmax(w, spec, stats), absmax, stats).dequantize()
+    return to_nearest(w, absmax(w, spec, stats)).dequantize()
 
 
 def _settle(view: BlockView, searches: Sequence[Search]) -> None:

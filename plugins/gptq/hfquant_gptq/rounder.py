@@ -25,7 +25,7 @@ _PART = 1 << 20  # weights worked on at once: float64 copies of 8 MiB
 
 def gptq(
     w: Tensor,
-    params: Params,
+    spec: TensorSpec,
     find: FindRange,
     stats: Stats,
     actorder: str = "group",
@@ -52,14 +52,14 @@ def gptq(
     """
     check_options(actorder, damping, block_size, gptaq, sweeps)
     inputs = stats.seen(HESSIAN)
-    spec, width = params.spec, params.spec.blocks.sides((w.shape[0], w.shape[1]))[1]
+    width = spec.blocks.sides((w.shape[0], w.shape[1]))[1]
     if inputs.tokens == 0:
         stats.note("no calibration token reached this layer: its weights are rounded to nearest")
-        return nearest(w, params, find, stats)
+        return nearest(w, spec, find, stats)
     factor = factorize(inputs, w, actorder, width, damping)
     if factor is None:
         stats.note("the Hessian cannot be factorized with any damping: the weights are rounded to nearest")
-        return nearest(w, params, find, stats)
+        return nearest(w, spec, find, stats)
     for remedy in factor.remedies:
         stats.note(remedy)
     once = actorder == "static" or not isinstance(spec.scale, str) or isinstance(spec.numbers(), FittedGrid)

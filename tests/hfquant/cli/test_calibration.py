@@ -59,13 +59,13 @@ def test_every_option_reaches_the_library(hfquant, source, tmp_path, asked):
     hfquant(
         "quantize", source, "-o", tmp_path / "out", "--method", "gptq", "--bits", 3, "--group-size", 32, "--data",
         tmp_path / "texts.jsonl", "--samples", 5, "--length", 33, "--batch-size", 3, "--seed", 7, "--column", "body",
-        "--no-packing", "--no-sequential", "--offload", tmp_path / "hidden", "--no-resume", status=2,
+        "--no-packing", "--offload", tmp_path / "hidden", "--no-resume", status=2,
     )  # fmt: skip
     config, data = asked["config"], asked["config"].data
     assert config.options == {"bits": 3, "group_size": 32} and config.recipe.scheme.weight.grid == "int3"
     assert (data.samples, data.length, data.batch_size, data.seed) == (5, 33, 3, 7)
     assert (data.column, data.packing, data.split) == ("body", False, "train")
-    assert asked["settings"] == Settings(sequential=False, offload=tmp_path / "hidden") and asked["resume"] is False
+    assert asked["settings"] == Settings(offload=tmp_path / "hidden") and asked["resume"] is False
     hfquant("quantize", source, "-o", tmp_path / "out", "--method", "gptq", "--data", "some/set:de", "--split", "test",
             status=2)  # fmt: skip
     assert asked["config"].data.split == "test" and asked["resume"] is True and asked["settings"] == Settings()
@@ -93,7 +93,6 @@ DATA_FREE, GPTQ = ("--method", "int4"), ("--method", "gptq", "--data", "TEXT")
     [
         ((*DATA_FREE, "--data", "TEXT"), ["weights alone", "leave data out"]),
         ((*DATA_FREE, "--samples", 3, "--no-packing"), ["weights alone", "leave out --samples, --no-packing"]),
-        ((*DATA_FREE, "--no-sequential"), ["leave out --no-sequential"]),
         ((*DATA_FREE, "--offload", "x"), ["leave out --offload"]),
         ((*DATA_FREE, "--no-resume"), ["leave out --no-resume"]),
         ((*DATA_FREE, "--resume"), ["leave out --resume"]),

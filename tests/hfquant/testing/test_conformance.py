@@ -106,27 +106,27 @@ def test_wrong_layout_is_found(layout: type[Fault]) -> None:
     assert LAYOUTS[layout] <= found <= LAYOUTS[layout] | {"unpack inverts pack", "rows are rows of the matrix"}
 
 
-def coin(w: Tensor, params: Any, find: Any, stats: Any) -> Any:
+def coin(w: Tensor, spec: Any, find: Any, stats: Any) -> Any:
     """Stochastic rounding from the global generator."""
-    q = nearest(w, params, find, stats)
+    q = nearest(w, spec, find, stats)
     return replace(q, codes=(q.codes.int() + torch.randint(0, 2, q.codes.shape)).clamp(0, 255).to(torch.uint8))
 
 
-def all_zero(w: Tensor, params: Any, find: Any, stats: Any) -> Any:
-    q = nearest(w, params, find, stats)
-    return replace(q, codes=torch.full_like(q.codes, params.grid.zero_code))
+def all_zero(w: Tensor, spec: Any, find: Any, stats: Any) -> Any:
+    q = nearest(w, spec, find, stats)
+    return replace(q, codes=torch.full_like(q.codes, spec.numbers().zero_code))
 
 
-def in_place(w: Tensor, params: Any, find: Any, stats: Any) -> Any:
-    q = nearest(w, params, find, stats)
+def in_place(w: Tensor, spec: Any, find: Any, stats: Any) -> Any:
+    q = nearest(w, spec, find, stats)
     w.mul_(2)
     return q
 
 
-def drifting(w: Tensor, params: Any, find: Any, stats: Any) -> Any:
+def drifting(w: Tensor, spec: Any, find: Any, stats: Any) -> Any:
     """Turns zero weights into something."""
-    q = nearest(w, params, find, stats)
-    return replace(q, codes=q.codes.clamp_max(params.grid.size - 2) + 1)
+    q = nearest(w, spec, find, stats)
+    return replace(q, codes=q.codes.clamp_max(spec.numbers().size - 2) + 1)
 
 
 ROUNDERS: dict[Callable, set[str]] = {
