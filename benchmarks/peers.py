@@ -4,7 +4,7 @@ Mean token KL (nats) between the bundled model and its quantized form, in float3
 disjoint parts of the held-out text. Every package gets the same calibration tokens: per seed another draw of 128
 sequences of 256 tokens from the files that the model was trained on. Packages run in turns with hfquant, each in an
 interpreter of its own: see peers/README.md. Finished runs are kept in --work, so that an interrupted comparison goes on
-where it was. Writes results/peers.json.
+where it was. Writes results/peers.json, and the table of it, results/peers.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.models.tokenizer import encode_documents  # noqa: E402
 SCRIPTS = Path(__file__).parent / "peers"
 RESULT = Path(__file__).parent / "results" / "peers.json"
 SEEDS = (0, 1, 2)
-SEQUENCES, LENGTH = 128, 256  # calibration
+SEQUENCES, LENGTH, BATCH = 128, 256, 8  # calibration; the peers run batches of 8 too
 PARTS, HELDOUT_SEQUENCES = 3, 32  # evaluation, also of LENGTH tokens
 PEERS = ("gptqmodel", "llmcompressor", "autoround")
 
@@ -86,8 +86,8 @@ AWQ = Run("hfquant", "awq")
 PAIRS = (
     (Run("llmcompressor", "nearest", uses_tokens=False), NEAREST, (W4, W3, W4_SYMMETRIC)),
     (Run("gptqmodel", "gptq"), GPTQ, (W4, W3, W4_SYMMETRIC)),
-    (Run("gptqmodel", "gptq-act-order"), GPTQ, (W4,)),
-    (Run("llmcompressor", "gptq"), GPTAQ, (W4, W3)),
+    (Run("gptqmodel", "gptq-act-order"), GPTAQ, (W4,)),
+    (Run("llmcompressor", "gptq"), GPTQ, (W4, W3)),
     (Run("llmcompressor", "awq"), AWQ, (W4,)),
     (Run("autoround", "signround"), GPTAQ, (W4, W3)),
 )
@@ -107,7 +107,7 @@ def run_hfquant(run: Run, setting: Setting, tokens: Tensor) -> tuple[nn.Module, 
         config = HfQuantConfig(f"int{setting.bits}", **options)
     else:
         options["bits"] = setting.bits
-        given = {"data": [tokens], "samples": len(tokens), "length": tokens.shape[1], "batch_size": 16}
+        given = {"data": [tokens], "samples": len(tokens), "length": tokens.shape[1], "batch_size": BATCH}
         config = HfQuantConfig(run.method, **options, **given)
     started = time.perf_counter(), time.process_time()
     # Loading is part of it: hfquant quantizes what it loads.
@@ -268,13 +268,40 @@ def line(setting: Any, run: Any, row: dict[str, Any]) -> str:
     return f"{setting!s:16s} {run!s:30s} {mean(kl):9.5f} {times}   {len(kl)} {spread}"
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    seeds, (samples, length, _) = len(result["seeds"]), result["calibration"]
+    threads = result["machine"]["threads"]
+    lines = [
+        "# Calibrated methods next to other packages",
+        "",
+        f"KL in nats per token, mean of {seeds} draws of {samples} x {length} calibration tokens (least to largest),",
+        f"and the median of the seconds that quantizing took with {threads} threads, the packages in turns.",
+        f"`{result['command']}` makes it again.",
+    ]
+    for setting, rows in result["rows"].items():
+        lines += ["", f"## {setting}", "", "| | KL | seconds |", "|---|---|---|"]
+        for run, row in sorted(rows.items(), key=lambda item: average(item[1])):
+            kl = [mean(values) for values in row["kl"].values()]
+            spread = f" ({min(kl):.4f} to {max(kl):.4f})" if len(kl) > 1 else ""
+            lines.append(f"| {run} | {average(row):.4f}{spread} | {median(row['seconds']):.1f} |")
+    every = [row for rows in result["rows"].values() for row in rows.values()]
+    packages = sorted({f"{name} {number}" for row in every for name, number in row["versions"].items()})
+    return "\n".join([*lines, "", ", ".join(packages), ""])
+
+
+def average(row: dict[str, Any]) -> float:
+    """The mean KL of a row, over seeds and parts of the text."""
+    return mean(mean(values) for values in row["kl"].values())
+
+
 def write(options: argparse.Namespace, measured: dict[str, Any]) -> None:
     """Write what is measured so far."""
     result = {
         "question": __doc__.splitlines()[0],
         "command": "python benchmarks/peers.py",
         "seeds": SEEDS[: options.seeds],
-        "calibration": [SEQUENCES, LENGTH],
+        "calibration": [SEQUENCES, LENGTH, BATCH],
         "tokens": PARTS * HELDOUT_SEQUENCES * (LENGTH - 1),
         "kl": "by seed, of each part of the held-out text",
         "machine": {
@@ -288,6 +315,7 @@ def write(options: argparse.Namespace, measured: dict[str, Any]) -> None:
     }
     options.output.parent.mkdir(exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(result))
 
 
 def read_options() -> argparse.Namespace:

@@ -65,8 +65,12 @@ class BlockView:
         return [other for other in self.groups if other.source == group.source]
 
     def moved(self) -> float:
-        """Relative change of the block's output against what it was before any rewrite."""
-        change = (self.output() - self.expected).norm() / self.expected.norm()
+        """Relative change of the block's output against what it was before any rewrite: root mean square over tokens.
+
+        Each token counts alike, as a few that are a thousand times as large as the others are common.
+        """
+        size = self.expected.norm(dim=-1).clamp_min(torch.finfo(self.expected.dtype).tiny)
+        change = ((self.output() - self.expected).norm(dim=-1) / size).square().mean().sqrt()
         return float(change) if torch.isfinite(change) else torch.inf
 
     @contextmanager

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .chain import Chain, calls, first_call
 from .experts import expert_projections
 from .matrices import find_matrices, first_tensor, is_experts
 from .settled import find_ends
+from .valueless import Answering
 
 
 @dataclass
@@ -72,7 +72,7 @@ def block_works(model: Any, chain: Chain, targets: Collection[str], batch: Mappi
 
     Blocks of the same shapes are run once. Raises what the model raises if it cannot run without values.
     """
-    with torch.no_grad(), _Yes():
+    with torch.no_grad(), Answering(True):  # masks mask nothing
         return _block_works(model, chain, targets, batch)
 
 
@@ -90,15 +90,6 @@ def _block_works(model: Any, chain: Chain, targets: Collection[str], batch: Mapp
             known[key] = _trace(block, chosen, lambda: how.run(block, hidden))  # noqa: B023 - run at once
         found.append(known[key])
     return found
-
-
-class _Yes(TorchDispatchMode):
-    """Answers 1, or yes, where code asks for a value: whether a mask masks nothing, for example."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.ones((), dtype=args[0].dtype).item()
-        return func(*args, **(kwargs or {}))
 
 
 def _trace(block: nn.Module, targets: frozenset[str], run: Callable[[], Any]) -> BlockWork:

@@ -241,7 +241,7 @@ class Calibration:
                 layers = work.quantize(lambda part: self._progress("the rest", last + 1, part))
                 work.place()
         layers += self._quantize_embeddings([target for target in rest if target.kind == "embedding"])
-        return BlockFinding(OUTSIDE, 0.0, time.perf_counter() - started, layers, list(self.outside_notes))
+        return BlockFinding(OUTSIDE, None, time.perf_counter() - started, layers, list(self.outside_notes))
 
     def _quantize_embeddings(self, targets: list[Target]) -> list[LayerFinding]:
         """Tables are looked up, not multiplied: nothing is known about their inputs, they are rounded to nearest."""

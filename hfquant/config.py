@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backend import provider, require
 from .columns import COLUMNS
-from .data import Calibration
+from .data import CalibrationData
 from .errors import CalibrationError, FormatError, HfQuantError, SpecError
 from .grids import GRIDS
 from .input_ranges import INPUT_RANGES
@@ -73,7 +73,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.embeddings = embeddings
         self.recipe = check_recipe(_expand(method, options))
-        self.data = Calibration(data, samples, length, batch_size, seed, column, split, packing)
+        self.data = CalibrationData(data, samples, length, batch_size, seed, column, split, packing)
         if data is not None and not works_on_blocks(self.recipe):
             raise SpecError(
                 f"method {method!r} looks at the weights alone and reads no calibration data: leave data out"
@@ -121,7 +121,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         config.quant_method = QUANT_METHOD
         for name in (*_REQUEST, *_RESULT):
             setattr(config, name, data[name])
-        config.data = Calibration()
+        config.data = CalibrationData()
         try:
             config.recipe = Recipe.from_dict(data["recipe"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -131,7 +131,7 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     def copy(self) -> HfQuantConfig:
         """A copy that loading a model may note its results in; the calibration data is shared."""
-        data, self.data = self.data, Calibration()
+        data, self.data = self.data, CalibrationData()
         try:
             made = copy.deepcopy(self)
         finally:

@@ -31,7 +31,7 @@ _FORMS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class CalibrationData:
     """What to calibrate on.
 
     `data`: name of a Hub dataset ("organization/name:configuration"), path of a text, .json or .jsonl file, list of
@@ -151,7 +151,7 @@ def _name(kind: str, data: Any) -> str:
 # ---- checks
 
 
-def tokenizer_for(calibration: Calibration, src: str | Path, revision: str | None = None) -> Any:
+def tokenizer_for(calibration: CalibrationData, src: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of the model `src` if the data needs one, or "self" can have one, else None."""
     kind = kind_of(calibration.data)
     if kind in _TEXT:
@@ -163,7 +163,7 @@ def tokenizer_for(calibration: Calibration, src: str | Path, revision: str | Non
         return None
 
 
-def check(calibration: Calibration, tokenizer: Any, config: Any) -> None:
+def check(calibration: CalibrationData, tokenizer: Any, config: Any) -> None:
     """Raise CalibrationError for data that cannot suit a model of this configuration; reads no text yet.
 
     `batches` needs no model either, unless it is to write the text, and also refuses what the text itself shows.
@@ -201,7 +201,7 @@ def _tensors(data: Any) -> list[Tensor]:
 # ---- batches
 
 
-def batches(calibration: Calibration, tokenizer: Any, config: Any, model: Any = None) -> list[Batch]:
+def batches(calibration: CalibrationData, tokenizer: Any, config: Any, model: Any = None) -> list[Batch]:
     """The batches to run a model of `config` on: "input_ids" [B, L] int64, on the CPU, the same for the same seed.
 
     "attention_mask" [B, L] int64 goes with them only where there is padding. `model` writes the text if data is "self".
@@ -221,7 +221,7 @@ def batches(calibration: Calibration, tokenizer: Any, config: Any, model: Any = 
     return padded(rows, calibration.batch_size, pad)
 
 
-def _samples(calibration: Calibration, tokenizer: Any, config: Any, model: Any) -> list[Tensor]:
+def _samples(calibration: CalibrationData, tokenizer: Any, config: Any, model: Any) -> list[Tensor]:
     """The samples, each [L] of integers."""
     c, kind = calibration, kind_of(calibration.data)
     generator = torch.Generator().manual_seed(c.seed)
@@ -245,7 +245,7 @@ def _samples(calibration: Calibration, tokenizer: Any, config: Any, model: Any) 
     return rows
 
 
-def _texts(calibration: Calibration, kind: str) -> Iterator[Text]:
+def _texts(calibration: CalibrationData, kind: str) -> Iterator[Text]:
     if kind == "file":
         return read_file(Path(calibration.data), calibration.column)
     if kind == "dataset":

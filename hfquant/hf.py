@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
@@ -161,11 +161,7 @@ class HfQuantHfQuantizer(HfQuantizer):
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         """Quantize the loaded model block by block."""
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise UnsupportedError(
-                "calibration while loading needs the whole model in memory, and parts of it are offloaded: use "
-                "hfquant.quantize (or `hfquant quantize`), which holds one block at a time"
-            )
+        check_in_memory(model)
         config = self.quantization_config
         if config.data.data is None:
             found = stand_in(model.config)
@@ -276,3 +272,18 @@ class HfQuantHfQuantizer(HfQuantizer):
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(HfQuantConfig)
     register_quantizer(QUANT_METHOD)(HfQuantHfQuantizer)
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise UnsupportedError for a model that cannot be calibrated where it is."""
+    places = {parameter.device.type for parameter in model.parameters()}
+    if "meta" in places:
+        raise UnsupportedError(
+            "calibration while loading needs the whole model in memory, and parts of it are offloaded: use "
+            "hfquant.quantize (or `hfquant quantize`), which holds one block at a time"
+        )
+    if places != {"cpu"}:
+        raise UnsupportedError(
+            f"calibration runs on the CPU, and the model is on {', '.join(sorted(places - {'cpu'}))}: load it without "
+            "device_map, or use hfquant.quantize, and load the result where you want it"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, survey
 from .errors import FormatError, SpecError
-from .findings import BlockFinding, LayerFinding
+from .findings import BlockFinding, LayerFinding, worst_first
 from .nn import PackedModule
 from .report import REPORT_NAME, PackedWeight, packed_weights
 from .source import (
@@ -166,7 +166,7 @@ def _joined(layer: LayerInfo, parts: list[LayerFinding]) -> LayerInfo:
     """A layer with the findings about its matrices."""
     single = len(parts) == 1 and parts[0].name == layer.name
     notes = tuple(note if single else f"{part.name}: {note}" for part in parts for note in part.notes)
-    error = max(part.error for part in parts)
+    error = worst_first(parts)[0].error
     return replace(layer, output_error=error, tokens=min(part.tokens for part in parts), notes=notes)
 
 

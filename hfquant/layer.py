@@ -105,9 +105,9 @@ def quantize_matrix(
     if tuple(packed) != spec.names:
         kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
         spec = replace(spec, names=tuple(packed), outliers=kept)
-    found = LayerFinding(matrix.name, 0.0, count, processes.gather_notes(notes))
+    found = LayerFinding(matrix.name, None, count, processes.gather_notes(notes))
     made = Pieces(matrix, packed, spec, found)
-    if sample is not None:
+    if sample is not None and len(sample):
         found.error = _output_error(w, made.qtensor(), sample)
     found.seconds = time.perf_counter() - started
     return made

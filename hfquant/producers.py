@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedError
 from .experts import expert_projections
+from .valueless import Answering
 
 _CONSUMERS = (nn.Linear, Conv1D)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -105,7 +105,7 @@ def _trace(model: PreTrainedModel) -> tuple[dict[str, Edge], dict[Any, str]]:
             if isinstance(module, _PRODUCERS):
                 hooks.append(module.register_forward_hook(partial(note_output, name)))
         try:
-            with torch.enable_grad(), _Undecided():
+            with torch.enable_grad(), Answering(False):  # no model warns
                 model(**_dummy_inputs(model))
         except Exception as error:
             raise UnsupportedError(
@@ -142,15 +142,6 @@ def _traceable(model: nn.Module) -> Iterator[list[Any]]:
 
 
 _ATTENTION = "_attn_implementation_internal"  # where a transformers config keeps the kernel; its setter reaches further
-
-
-class _Undecided(TorchDispatchMode):
-    """Answers 0 or False where a model branches on a value that the meta device does not have, as for a warning."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        return func(*args, **(kwargs or {}))
 
 
 def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

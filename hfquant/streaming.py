@@ -21,7 +21,6 @@ from .calibrate import OUTSIDE, Batch, Calibration, Settings, Tick
 from .checkpoint import INDEX_NAME, METHOD_KEY
 from .config import HfQuantConfig
 from .coverage import Coverage, Target, survey
-from .data import Calibration as Data
 from .data import batches as batches_of
 from .data import kind_of, stand_in, tokenizer_for
 from .errors import SpecError
@@ -193,7 +192,7 @@ def calibration_batches(
     src: str | Path, config: HfQuantConfig, model_config: Any, dtype: torch.dtype, revision: str | None
 ) -> list[Batch]:
     """What a model is calibrated on; a model that writes its own text is loaded for that, and dropped."""
-    data: Data = config.data
+    data = config.data
     if data.data is None:
         return list(stand_in(model_config))
     tokenizer = tokenizer_for(data, src, revision)

@@ -39,7 +39,7 @@ def main() -> None:
         desc_act=act_order,
         act_group_aware=not act_order,
         static_groups=act_order,  # groups stay contiguous, as in the other packages
-        format=FORMAT.GPTQ if job.symmetric else FORMAT.GPTQ_V2,  # the first version cannot hold every zero point
+        format=FORMAT.GPTQ_V2,  # in the first version zero points lie one lower than `dequantize_weight` takes them
         device="cpu",
         offload_to_disk=False,
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from ..findings import BlockFinding
+from ..findings import BlockFinding, worst_first
 from .output import table
 
 WORST = 5
@@ -19,7 +19,7 @@ UNKNOWN = "-"
 
 def show_findings(out: Console, blocks: Sequence[BlockFinding], worst: int = WORST) -> None:
     """Print the layers whose outputs are worst, the error after each block, and every note."""
-    layers = sorted((layer for block in blocks for layer in block.layers), key=lambda layer: -layer.error)
+    layers = worst_first(layer for block in blocks for layer in block.layers)
     if worst and layers:
         made = table("output error", "worst layers", "tokens", right=("output error", "tokens"))
         for layer in layers[:worst]:
@@ -54,9 +54,9 @@ def _show_notes(out: Console, found: dict[str, list[str]]) -> None:
         out.print(Padding(f"{escape(note)} [dim]({escape(', '.join(names))})[/]", (0, 2)))
 
 
-def percent(error: float) -> str:
-    """An error for people; exactly 0 is one that could not be measured."""
-    return f"{error:.2%}" if error else UNKNOWN
+def percent(error: float | None) -> str:
+    """An error for people."""
+    return UNKNOWN if error is None else f"{error:.2%}"
 
 
 def short(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError, UnsupportedError
+from ..findings import worst_first
 from ..inspection import Inspection
 from .findings import short
 
@@ -38,17 +39,17 @@ def plot_findings(found: Inspection, file: Path, title: str) -> None:
     """
     if not found.blocks:
         raise SpecError(f"--plot: there is no report of a calibrated quantization beside {title}, so nothing to draw")
-    blocks = [block for block in found.blocks if block.name]
-    layers = sorted((layer for block in found.blocks for layer in block.layers), key=lambda layer: -layer.error)[:_MOST]
+    blocks = [block.error for block in found.blocks if block.error is not None]
+    layers = worst_first(layer for block in found.blocks for layer in block.layers if layer.error is not None)[:_MOST]
     figure = _figure_class()(figsize=(10, 4 + 0.18 * len(layers)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, max(3.0, 0.18 * len(layers))])
-    above.plot(range(len(blocks)), [100 * block.error for block in blocks], marker="o")
+    above.plot(range(len(blocks)), [100 * error for error in blocks], marker="o")
     above.set_title(f"{title}: {found.method}")
     above.set_xlabel("block")
     above.set_ylabel("error of hidden states, %")
     above.set_ylim(bottom=0)
     above.locator_params(axis="x", integer=True)
-    below.barh([short(layer.name) for layer in layers], [100 * layer.error for layer in layers])
+    below.barh([short(layer.name) for layer in layers], [100 * (layer.error or 0.0) for layer in layers])
     below.invert_yaxis()
     below.set_xlabel("error of the layer's output, %")
     figure.savefig(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from hfquant.backend import Backend, register, unregister
 from hfquant.calibrate import Calibration
 from hfquant.calibration_state import OUTSIDE, Settings
 from hfquant.coverage import survey
-from hfquant.errors import CalibrationError
+from hfquant.errors import CalibrationError, UnsupportedError
 from hfquant.experts import QExperts
 from hfquant.findings import BlockFinding
+from hfquant.hf import check_in_memory
 from hfquant.nn import QEmbedding, QLinear
 from hfquant.presets import kbit
 from hfquant.qtensor import QTensor
@@ -404,3 +406,14 @@ def test_the_probe_is_cut_along_the_tokens_of_every_input() -> None:
     batch = {"inputs_embeds": embedded, "attention_mask": torch.ones_like(ids)}
     found = layers(calibrate(model, batches=[batch]))
     assert found["model.layers.0.self_attn.q_proj"].tokens == 120
+
+
+@pytest.mark.parametrize(("places", "words"), [(("cpu", "meta"), "one block at a time"), (("cuda:0",), "is on cuda")])
+def test_a_model_that_is_not_in_memory_is_refused(places: tuple[str, ...], words: str) -> None:
+    class Elsewhere(nn.Module):
+        def parameters(self, recurse: bool = True) -> Iterator[Any]:
+            return iter([SimpleNamespace(device=torch.device(place)) for place in places])
+
+    with pytest.raises(UnsupportedError, match=words):
+        check_in_memory(Elsewhere())
+    check_in_memory(nn.Linear(2, 2))

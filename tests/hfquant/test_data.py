@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hfquant import data as data_module
-from hfquant.data import SELF, Calibration, batches, check, kind_of, stand_in, tokenizer_for
+from hfquant.data import SELF, CalibrationData, batches, check, kind_of, stand_in, tokenizer_for
 from hfquant.errors import CalibrationError, SpecError
 from hfquant.inputs import digest
 from hfquant.selftext import self_text
@@ -51,7 +51,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(data: Any, config: Any = CONFIG, tokenizer: Any = TOKENIZER, model: Any = None, **options: Any) -> list[dict]:
-    return batches(Calibration(data, **options), tokenizer, config, model)
+    return batches(CalibrationData(data, **options), tokenizer, config, model)
 
 
 def ids_of(found: list[dict[str, Tensor]]) -> Tensor:
@@ -199,7 +199,7 @@ def test_the_stand_in_is_an_input_of_the_model(kind: str) -> None:
 
 def bad(*found: str, data: Any, config: Any = CONFIG, tokenizer: Any = TOKENIZER, **options: Any) -> Any:
     name = found[0].replace(" ", "-")
-    return pytest.param(Calibration(data, **options), config, tokenizer, ".*".join(map(re.escape, found)), id=name)
+    return pytest.param(CalibrationData(data, **options), config, tokenizer, ".*".join(map(re.escape, found)), id=name)
 
 
 BAD = [
@@ -254,7 +254,7 @@ BAD = [
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(("calibration", "config", "tokenizer", "message"), BAD)
 def test_bad_data_is_refused_before_there_is_a_model(
-    calibration: Calibration, config: Any, tokenizer: Any, message: str, monkeypatch: pytest.MonkeyPatch
+    calibration: CalibrationData, config: Any, tokenizer: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match=message):
@@ -265,18 +265,18 @@ def test_bad_data_is_refused_before_there_is_a_model(
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
 def test_counts_are_whole_numbers_from_one(option: str, value: Any) -> None:
     with pytest.raises(SpecError, match=f"{option} .* got {value!r}"):
-        Calibration(["x"], **{option: value})
+        CalibrationData(["x"], **{option: value})
 
 
 def test_a_seed_is_a_whole_number() -> None:
     with pytest.raises(SpecError, match=r"seed .* got 0\.5"):
-        Calibration(["x"], seed=0.5)  # type: ignore[arg-type]
+        CalibrationData(["x"], seed=0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("no_model")
 def test_the_check_reads_no_text() -> None:
-    check(Calibration(["x"]), TOKENIZER, CONFIG)  # too short, which only batches can see
-    check(Calibration(SELF), None, CONFIG)
+    check(CalibrationData(["x"]), TOKENIZER, CONFIG)  # too short, which only batches can see
+    check(CalibrationData(SELF), None, CONFIG)
 
 
 def test_a_file_comes_before_a_dataset_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,13 +290,13 @@ def test_a_file_comes_before_a_dataset_of_the_same_name(tmp_path: Path, monkeypa
 
 
 def test_a_tokenizer_is_loaded_only_for_text(tmp_path: Path) -> None:
-    assert tokenizer_for(Calibration(["x"]), MODEL_DIR).vocab_size == 1024
-    assert tokenizer_for(Calibration(SELF), MODEL_DIR).vocab_size == 1024
-    assert tokenizer_for(Calibration([torch.ones(2)]), tmp_path / "nowhere") is None
+    assert tokenizer_for(CalibrationData(["x"]), MODEL_DIR).vocab_size == 1024
+    assert tokenizer_for(CalibrationData(SELF), MODEL_DIR).vocab_size == 1024
+    assert tokenizer_for(CalibrationData([torch.ones(2)]), tmp_path / "nowhere") is None
     tiny_model("llama").config.save_pretrained(tmp_path)
-    assert tokenizer_for(Calibration(SELF), tmp_path) is None, "it can do without"
+    assert tokenizer_for(CalibrationData(SELF), tmp_path) is None, "it can do without"
     with pytest.raises(CalibrationError, match="needs the tokenizer"):
-        tokenizer_for(Calibration(["x"]), tmp_path)
+        tokenizer_for(CalibrationData(["x"]), tmp_path)
 
 
 # ---- the record
@@ -313,7 +313,7 @@ def test_a_tokenizer_is_loaded_only_for_text(tmp_path: Path) -> None:
     ],
 )
 def test_the_record_is_json_with_counts_and_no_text(data: Any, name: str) -> None:
-    calibration = Calibration(data, samples=2, length=8)
+    calibration = CalibrationData(data, samples=2, length=8)
     found = batches(calibration, TOKENIZER, CONFIG)
     record = json.loads(json.dumps(calibration.describe(found)))
     assert record["data"] == name and re.fullmatch("[0-9a-f]{64}", record["sha256"])
@@ -323,17 +323,17 @@ def test_the_record_is_json_with_counts_and_no_text(data: Any, name: str) -> Non
 
 
 def test_the_record_without_batches_says_what_was_asked_for() -> None:
-    assert Calibration().describe() == {"data": None}
-    asked = Calibration("org/name:en", samples=3, column="body").describe()
+    assert CalibrationData().describe() == {"data": None}
+    asked = CalibrationData("org/name:en", samples=3, column="body").describe()
     assert asked == {
         **{"data": "org/name:en", "seed": 0, "length": 512, "packing": True},
         **{"split": "train", "column": "body", "samples": 3},
     }
-    assert Calibration(SELF).describe() == {"data": "self", "seed": 0, "length": 512, "samples": 128}
+    assert CalibrationData(SELF).describe() == {"data": "self", "seed": 0, "length": 512, "samples": 128}
 
 
 def test_padding_is_not_counted() -> None:
-    calibration = Calibration([torch.arange(3), torch.arange(7)], samples=2)
+    calibration = CalibrationData([torch.arange(3), torch.arange(7)], samples=2)
     assert calibration.describe(batches(calibration, None, CONFIG))["tokens"] == 10
 
 

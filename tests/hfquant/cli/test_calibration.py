@@ -170,8 +170,8 @@ def test_the_command_writes_what_the_library_writes_and_shows_what_it_found(
 def test_every_note_is_shown_with_the_layers_it_is_about(capsys):
     blocks = [
         BlockFinding("model.layers.0", 0.1, 1.0, [LayerFinding("model.layers.0.a", 0.2, 9, ["damped", "dead [3]"])]),
-        BlockFinding("model.layers.1", 0.2, 1.0, [LayerFinding("model.layers.1.a", 0.0, 0, ["damped"])], ["refused"]),
-        BlockFinding("", 0.0, 1.0, [], ["kept"]),
+        BlockFinding("model.layers.1", 0.2, 1.0, [LayerFinding("model.layers.1.a", None, 0, ["damped"])], ["refused"]),
+        BlockFinding("", None, 1.0, [], ["kept"]),
     ]
     assert notes(blocks) == {
         "damped": ["layers.0.a", "layers.1.a"], "dead [3]": ["layers.0.a"], "refused": ["layers.1"],
