@@ -35,7 +35,8 @@ class BlockQuantizer:
         with find_ends(block) as self.ends:
             self.groups = trace(name, block, run.targets, lambda: self.forward(0))
         self.twin: Twin | None = None
-        self.closing: list[Callable[[], None]] = []
+        self.closing: dict[str, list[Callable[[], None]]] = {}
+        self.done: set[str] = set()  # names of modules
         self.pieces: dict[str, dict[str, list[Pieces]]] = {}
 
     def forward(self, number: int, keep: bool = False) -> Any:
@@ -91,6 +92,8 @@ class BlockQuantizer:
         def keep(made: Pieces) -> None:
             owner, leaf = _place(made.matrix)
             self.pieces.setdefault(owner, {}).setdefault(leaf, []).append(made)
+            self.closing.setdefault(owner, []).append(made.stand_in())
+            self.done.add(owner)
             findings.append(made.finding)
 
         for done, stage in enumerate(stages):
@@ -103,8 +106,9 @@ class BlockQuantizer:
                 group.stats = None
             if self.settled is not None:
                 self.settled.finish(stage)
-        for made in list(self._never_called(self.pieces)):
-            made.stand_in()
+                if self.settled.is_known(self.numbers()) and not self.run.runs_packed:
+                    self.place(f"{self.name}.{self.settled.name}")  # its full-precision weights are of no use any more
+        for made in list(self._never_called(self.done)):
             keep(made)
         return findings
 
@@ -112,15 +116,21 @@ class BlockQuantizer:
         """What keeps the output of the part that is quantized first."""
         return Settled(self.block, groups, self.ends, self.run.kept)
 
-    def place(self) -> None:
-        """Put packed modules in the places of the full-precision ones, which have computed the same so far."""
-        for close in self.closing:
-            close()
-        if self.settled is not None:
+    def place(self, part: str = "") -> None:
+        """Put packed modules in the places of the full-precision ones, which have computed the same so far.
+
+        `part`: only those in the module of that name.
+        """
+        for owner in [owner for owner in self.pieces if not part or f"{owner}.".startswith(f"{part}.")]:
+            for close in self.closing.pop(owner):
+                close()
+            pieces = self.pieces.pop(owner)
+            self.run.swap(owner, pieces)
+            for made in (made for parts in pieces.values() for made in parts):
+                made.matrix.release()
+        if not part and self.settled is not None:
             self.settled.outputs.clear()
             self.settled = None
-        for owner, leaves in self.pieces.items():
-            self.run.swap(owner, leaves)
 
     def _never_called(self, done: Collection[str]) -> Iterator[Pieces]:
         """Targets that no batch reached: they are rounded to nearest."""
@@ -139,9 +149,7 @@ class BlockQuantizer:
         for number, matrix in enumerate(group.targets):
             owner = number % processes.world()
             group.stats.last = matrix is group.targets[-1] and HESSIAN not in ranged
-            made = quantize_matrix(matrix, recipe, group.stats, settings.min_tokens, group.rotated, owner)
-            self.closing.append(made.stand_in())
-            yield made
+            yield quantize_matrix(matrix, recipe, group.stats, settings.min_tokens, group.rotated, owner)
 
 
 class OutsideQuantizer(BlockQuantizer):

@@ -40,6 +40,11 @@ class Matrix:
         weight = found.data if self.expert is None else found.data[self.expert]
         return weight.T if self.transposed else weight
 
+    def release(self) -> None:
+        """Forget the weight of a layer that was replaced in the model, which may be as large as all the others."""
+        if self.expert is None:
+            self.module._parameters.clear()
+
     def bias(self) -> Tensor | None:
         """The bias [N] itself, or None."""
         name = "bias" if self.expert is None else f"{self.parameter}_bias"

@@ -52,6 +52,10 @@ class Settled:
                 self.outputs[number] = self._end(self.outputs[number])
             self._end = None
 
+    def is_known(self, numbers: Iterable[int]) -> bool:
+        """Whether the output of the part for all these batches is kept, so that it is not going to run again."""
+        return not self._open and all(number in self.outputs for number in numbers)
+
     @contextmanager
     def instead(self, number: int, entering: Tensor, keep: bool) -> Iterator[None]:
         """While the block runs on the hidden states `entering` of a batch, answer for the part that is settled.
