@@ -16,11 +16,13 @@ from .calibration_state import OUTSIDE, State
 from .errors import UnsupportedError
 from .findings import LayerFinding
 from .hidden import HiddenStates
-from .layer import Pieces, quantize_matrix
+from .input_ranges import INPUT_RANGES, InputChoice, rounds_of
+from .layer import Pieces, find_inputs, quantize_matrix, with_inputs
 from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
 from .ranges import RANGES
+from .reference import quantize_input
 from .settled import Settled, find_ends
-from .stats import CHANNELS, DRIFT, HESSIAN, InputStats, needs_of
+from .stats import CHANNELS, DRIFT, HESSIAN, HISTOGRAM, InputStats, needs_of
 
 _STATISTICS = 1 << 31  # bytes of statistics of experts that are gathered in one pass
 
@@ -65,8 +67,14 @@ class BlockQuantizer:
         """Let a copy of the block run on the original model's hidden states, for `drift`."""
         self.twin = Twin(self, before, basis)
 
-    def gather(self, groups: list[Group], what: frozenset[str]) -> None:
-        """Fill the statistics of `groups` from all batches of all processes."""
+    def gather(
+        self, groups: list[Group], what: frozenset[str], as_seen: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Fill the statistics of `groups` from all batches of all processes.
+
+        `as_seen`: what the layers see of their input [T, K]; its drift is then the one to the input itself, unless the
+        original model's is asked for.
+        """
         for group in groups:
             group.stats = InputStats(group.features, what, group.name)
         for number in self.numbers():
@@ -74,7 +82,9 @@ class BlockQuantizer:
 
             def seen(group: Group, x: Tensor) -> None:
                 assert group.stats is not None
-                group.stats.add(group.basis(x), originals.get(group.name))  # noqa: B023
+                x = group.basis(x)
+                original = originals.get(group.name, x if as_seen else None)  # noqa: B023
+                group.stats.add(as_seen(x) if as_seen else x, original)
 
             with suppress(Enough), watch(groups, seen, lambda: self.run.masks[number], stop=True):  # noqa: B023
                 self.forward(number, keep=True)
@@ -140,16 +150,46 @@ class BlockQuantizer:
             if mine and name not in done and self.run.targets[name].kind != "embedding":
                 module = self.run.model.get_submodule(name)
                 for matrix in find_matrices(name, module, self.run.targets):
-                    yield quantize_matrix(matrix, self.run.recipe, None, self.run.settings.min_tokens)
+                    recipe = self.run.recipe
+                    inputs = find_inputs(recipe, None, [], [], Group((0, 0, 0), [matrix]))
+                    yield quantize_matrix(matrix, recipe, None, self.run.settings.min_tokens, inputs=inputs)
 
-    def _quantize_group(self, group: Group) -> Iterator[Pieces]:
+    def _quantize_group(self, group: Group) -> list[Pieces]:
+        """Quantize the matrices that read an input, and the input if that is asked for, each for the other in turns."""
+        recipe, seen = self.run.recipe, group.stats
+        weights = [matrix.values() for matrix in group.targets]
+        turns = rounds_of(INPUT_RANGES.get(recipe.input_range.name), recipe.input_range.options)
+        inputs = find_inputs(recipe, seen, weights, weights, group)
+        made: list[Pieces] = []
+        for turn in range(turns if inputs is not None else 1):
+            if recipe.scheme.input is not None and HESSIAN in self.run.needs:
+                self._gather_as_seen(group, inputs)
+            made = [self._quantize_matrix(group, number, inputs, turns == 1) for number in range(len(weights))]
+            if turn + 1 == turns:
+                break
+            found = find_inputs(recipe, seen, weights, [part.qtensor().dequantize() for part in made], group)
+            if found is None or found.same(inputs):
+                break
+            inputs = found
+        return made
+
+    def _quantize_matrix(self, group: Group, number: int, inputs: InputChoice | None, once: bool) -> Pieces:
         assert group.stats is not None
         recipe, settings = self.run.recipe, self.run.settings
         ranged = needs_of(RANGES.get(recipe.range.name), recipe.range.options)  # while the codes are looked for
-        for number, matrix in enumerate(group.targets):
-            owner = number % processes.world()
-            group.stats.last = matrix is group.targets[-1] and HESSIAN not in ranged
-            yield quantize_matrix(matrix, recipe, group.stats, settings.min_tokens, group.rotated, owner)
+        group.stats.last = once and number + 1 == len(group.targets) and HESSIAN not in ranged
+        owner = number % processes.world()
+        matrix = group.targets[number]
+        return quantize_matrix(matrix, recipe, group.stats, settings.min_tokens, group.rotated, owner, inputs)
+
+    def _gather_as_seen(self, group: Group, inputs: InputChoice | None) -> None:
+        """Statistics of an input as the layers see it, quantized, and of its drift to the input itself."""
+        given = with_inputs(self.run.recipe, inputs).scheme.input
+        params = None if inputs is None else inputs.params
+        assert given is not None
+        if given.dynamic or params is not None:
+            what = (self.run.needs | {CHANNELS, DRIFT}) - {HISTOGRAM}
+            self.gather([group], what, lambda x: quantize_input(x.float(), given, None, params))
 
 
 class OutsideQuantizer(BlockQuantizer):

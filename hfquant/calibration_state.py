@@ -131,7 +131,7 @@ class State:
 
     def swap(self, name: str, pieces: dict[str, list[Pieces]]) -> None:
         """Put a packed module in the place of a full-precision one."""
-        swap_in(self.model, [self.targets[name]], self.recipe, {}, wait=False)
+        swap_in(self.model, [self.targets[name]], self.recipe)
         hold_pieces(self.model.get_submodule(name), pieces, self.config, name)
 
 

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from .quantize import check_recipe, layout_of, needs_data, works_on_blocks
 from .ranges import RANGES
 from .recipe import PRESETS, Recipe
 from .rounders import ROUNDERS
-from .spec import TensorSpec
+from .spec import PackedSpec, Scheme, TensorSpec
 from .tables import Table
 from .transforms import TRANSFORMS
 
 QUANT_METHOD = "hfquant"
 FORMAT_VERSION = 1
 _REQUEST = ("method", "options", "modules_to_not_convert", "embeddings", "calibration")
-_RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "source_dtype")
-_ADDED: dict[str, Any] = {"calibration": {"data": None}, "rotated": []}  # earlier checkpoints do not record these
+_RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "schemes", "source_dtype")
+_ADDED: dict[str, Any] = {
+    "calibration": {"data": None},
+    "rotated": [],
+    "schemes": {},
+}  # earlier checkpoints do not record these
+RECORDED = ("outlier_columns", "rotated", "schemes")  # of single weights
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508; in particular no pip option
 
 
@@ -83,6 +89,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.skipped: dict[str, str] | None = None
         self.outlier_columns: dict[str, int] = {}
         self.rotated: list[str] = []
+        self.schemes: dict[str, dict[str, Any]] = {}
         self.source_dtype: str | None = None
 
     @classmethod
@@ -124,9 +131,11 @@ class HfQuantConfig(QuantizationConfigMixin):
         config.data = CalibrationData()
         try:
             config.recipe = Recipe.from_dict(data["recipe"])
+            own = [replace(config.recipe, scheme=Scheme.from_dict(scheme)) for scheme in data["schemes"].values()]
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"config.json: the recipe of quantization_config is damaged: {error!r}") from error
-        check_recipe(config.recipe)
+        for recipe in (config.recipe, *own):
+            check_recipe(recipe)
         return config
 
     def copy(self) -> HfQuantConfig:
@@ -138,6 +147,15 @@ class HfQuantConfig(QuantizationConfigMixin):
             self.data = data
         made.data = data
         return made
+
+    def note(self, name: str, spec: PackedSpec) -> None:
+        """Record what a checkpoint has to say about the weight `name`, as it does not follow from the recipe."""
+        if spec.outliers:
+            self.outlier_columns[name] = spec.outliers
+        if spec.rotated and name not in self.rotated:
+            self.rotated.append(name)
+        if not follows(spec.scheme, self.recipe.scheme):
+            self.schemes[name] = spec.scheme.to_dict()
 
     def describe_data(self, batches: Sequence[Any]) -> None:
         """Note what the model is calibrated on: counts and a hash, never the data."""
@@ -166,6 +184,11 @@ class HfQuantConfig(QuantizationConfigMixin):
         plain = {name: copy.deepcopy(getattr(self, name)) for name in (*_REQUEST, *_RESULT)}
         tags = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         return {**tags, **plain, "recipe": self.recipe.to_dict()}
+
+
+def follows(scheme: Scheme, recipe: Scheme) -> bool:
+    """Whether a weight has the numbers that the recipe says; an embedding has no input."""
+    return scheme.weight == recipe.weight and scheme.input in (recipe.input, None)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

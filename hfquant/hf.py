@@ -146,7 +146,7 @@ class HfQuantHfQuantizer(HfQuantizer):
             self._targets = targets
             self._prepare_data(model.config)
             return
-        swap_in(model, targets, config.recipe, config.outlier_columns, not self.pre_quantized, config.rotated)
+        swap_in(model, targets, config.recipe, config, wait=not self.pre_quantized)
         check_expected(model, held)
 
     def _prepare_data(self, config: Any) -> None:
@@ -212,14 +212,13 @@ class HfQuantHfQuantizer(HfQuantizer):
         prefix = name.removesuffix(leaf)
         stats = Stats(name.removesuffix(".weight"), self._producer_std.get(name.removesuffix(".weight")))
         packed = quantize_into(module, leaf, tensor, self.quantization_config.recipe, stats)
-        self._note_outliers(prefix, leaf, module)
+        self._note(prefix, leaf, module)
         return {prefix + key: torch.nn.Parameter(value, requires_grad=False) for key, value in packed.items()}
 
-    def _note_outliers(self, prefix: str, leaf: str, module: PackedModule | QExperts) -> None:
+    def _note(self, prefix: str, leaf: str, module: PackedModule | QExperts) -> None:
         spec = module.spec if isinstance(module, PackedModule) else module.specs[leaf]
         owner = prefix.removesuffix(".") if isinstance(module, PackedModule) else prefix + leaf
-        if spec.outliers:
-            self.quantization_config.outlier_columns[owner] = spec.outliers
+        self.quantization_config.note(owner, spec)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check that every weight arrived, freeze packed tensors, and make saving write a native checkpoint."""

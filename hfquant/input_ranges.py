@@ -6,7 +6,9 @@ stored.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,21 +22,70 @@ from .histogram import Histogram
 from .qtensor import InputParams
 from .ranges import kl_threshold, params_from_bounds
 from .scales import decode, encode
-from .spec import TensorSpec
+from .spec import InputSpec, TensorSpec
 from .tables import Table
 
 _KL_BINS = 2048
 _ROUNDS = 2  # of the search for two bounds: the second one changes little
 
 
-class InputRange(Protocol):
-    """Finds the grid parameters of a layer's input."""
+@dataclass(frozen=True, eq=False)
+class SeenInput:
+    """What calibration saw of the input of one or more layers, and these layers.
 
-    def __call__(self, hist: Histogram, spec: TensorSpec, name: str, /, **options: Any) -> InputParams:
-        """`hist` counts the input of the layer `name`; `options` come from the recipe."""
+    `name`: of the first of them. `hist`: of all values, None where ranges are found at run time. `sample` [S, K]
+    float32: some of the tokens. `absmax`: the largest magnitude of all. `weights`, `quantized`: the layers' weights
+    [N, K], and what they are quantized to so far. `grid_is_given`: no other grid may be chosen, because experts that
+    are stored together have one.
+    """
+
+    name: str
+    hist: Histogram | None
+    sample: Tensor
+    absmax: float
+    weights: tuple[Tensor, ...] = ()
+    quantized: tuple[Tensor, ...] = ()
+    grid_is_given: bool = False
+
+
+@dataclass(frozen=True)
+class InputChoice:
+    """The numbers of an input, of as many bits as were asked for, and its range if it is static."""
+
+    tensor: TensorSpec
+    params: InputParams | None = None
+
+    def same(self, other: InputChoice | None) -> bool:
+        """Whether another choice is this one."""
+        if other is None or self.tensor != other.tensor:
+            return False
+        mine, others = ([] if c.params is None else [c.params.scale, c.params.zero] for c in (self, other))
+        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+
+
+class InputRange(Protocol):
+    """Finds the grid of a layer's input, and its parameters where they are static.
+
+    One that is marked with `searches_dynamic` is asked for inputs whose ranges are found at run time as well; a mark
+    `rounds`, a function of the options, says how often it is asked again after the weights were quantized for it.
+    """
+
+    def __call__(self, seen: SeenInput, given: InputSpec, /, **options: Any) -> InputChoice:
+        """`given` is what the recipe says about the input; `options` come from it too."""
 
 
 INPUT_RANGES: Table[InputRange] = Table("input range")
+
+
+def searches_dynamic(find: InputRange) -> bool:
+    """Whether an input range has something to find for inputs whose ranges are found at run time: their grid."""
+    return bool(getattr(find, "searches_dynamic", False))
+
+
+def rounds_of(find: InputRange, options: dict[str, Any]) -> int:
+    """How often inputs and weights are looked at in turns: once, or what an input range's mark `rounds` says."""
+    mark = getattr(find, "rounds", None)
+    return 1 if mark is None else int(mark(options))
 
 
 def input_params(low: float, high: float, spec: TensorSpec) -> InputParams:
@@ -144,11 +195,14 @@ def kl_counts(hist: Histogram) -> tuple[Tensor, int]:
     return padded.reshape(-1, factor).sum(1), factor
 
 
-def try_out(name: str, spec: TensorSpec, options: dict[str, Any]) -> None:
+def try_out(name: str, given: InputSpec, options: dict[str, Any]) -> None:
     """Find a range for some values, so that one that cannot work raises its error before long work starts."""
+    values = torch.linspace(-1, 1, 2 * _KL_BINS)
     probe = Histogram()
-    probe.add(torch.linspace(-1, 1, 2 * _KL_BINS))
-    INPUT_RANGES.get(name)(probe, spec, "a trial", **options)
+    probe.add(values)
+    weight = torch.eye(2)
+    seen = SeenInput("a trial", probe, values.reshape(-1, 2), 1.0, (weight,), (weight,))
+    INPUT_RANGES.get(name)(seen, given, **options)
 
 
 def _check_seen(hist: Histogram, name: str) -> None:
@@ -160,4 +214,20 @@ def _check_seen(hist: Histogram, name: str) -> None:
         )
 
 
-BUILTIN: dict[str, Callable[..., InputParams]] = {"absmax": absmax, "percentile": percentile, "mse": mse, "kl": kl}
+def _of_histogram(find: Callable[..., InputParams]) -> Callable[..., InputChoice]:
+    """The input range that looks at nothing but the histogram."""
+
+    def found(seen: SeenInput, given: InputSpec, **options: Any) -> InputChoice:
+        assert seen.hist is not None
+        return InputChoice(given.tensor, find(seen.hist, given.tensor, seen.name, **options))
+
+    known = list(inspect.signature(find).parameters.values())[3:]
+    places = list(inspect.signature(found).parameters.values())[:2]
+    vars(found)["__signature__"] = inspect.Signature([*places, *known])
+    found.__doc__ = find.__doc__
+    return found
+
+
+BUILTIN: dict[str, Callable[..., InputChoice]] = {
+    find.__name__: _of_histogram(find) for find in (absmax, percentile, mse, kl)
+}

@@ -112,7 +112,7 @@ def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) ->
     stored = HfQuantConfig.from_dict(config.quantization_config)
     model = empty_model(config, stored_dtype(path, config))
     targets, coverage = survey(model, stored.skipped, stored.embeddings)
-    swap_in(model, targets, stored.recipe, stored.outlier_columns, False, stored.rotated)
+    swap_in(model, targets, stored.recipe, stored)
     _check_files(path, model)
     layers = tuple(_describe(weight) for weight in packed_weights(model))
     return _with_findings(Inspection(stored.method, layers, coverage, stored.calibration), blocks)

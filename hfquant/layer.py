@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,17 +18,17 @@ from .errors import CalibrationError
 from .experts import QExperts
 from .findings import LayerFinding
 from .hadamard import hadamard, inverse_hadamard
-from .input_ranges import INPUT_RANGES
+from .input_ranges import INPUT_RANGES, InputChoice, SeenInput, searches_dynamic
 from .layouts import unpack, unpack_inputs
-from .matrices import Matrix
+from .matrices import Group, Matrix
 from .nn import PackedModule
-from .qtensor import InputParams, QTensor
+from .qtensor import QTensor
 from .quantize import pack, pack_empty, quantize_linear
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .reference import quantize_input
 from .rounders import ROUNDERS
-from .spec import PackedSpec
+from .spec import PackedSpec, Scheme
 from .stats import InputStats, Stats, needs_of
 
 
@@ -75,36 +75,42 @@ def quantize_matrix(
     min_tokens: int,
     rotated: bool = False,
     owner: int = 0,
+    inputs: InputChoice | None = None,
 ) -> Pieces:
     """Quantize a matrix by a recipe and what calibration saw of its input; process `owner` does the work.
 
-    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted.
+    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted. `inputs`: what was found for
+    the input, if it is quantized.
     """
     started = time.perf_counter()
     w = matrix.values()
     notes: list[Any] = []
     count = 0 if stats is None else stats.tokens
     sample = None if stats is None else stats.sample
-    seen = stats  # a static input has its range from whatever was seen
+    recipe = with_inputs(recipe, inputs)
     if stats is None or count < min_tokens:
         changed = data_free(recipe)
         if changed != recipe and processes.rank() == owner:
             notes.append(f"{count} tokens reached it, {min_tokens} are needed: rounded to nearest")
         recipe, stats = changed, None
+    schemes: list[Scheme] = []
 
     def make() -> dict[str, Tensor]:
         log: list[str] = []
-        q = quantize_linear(w.contiguous(), recipe, Stats(matrix.name, inputs=stats, log=log), rotated=rotated)
+        facts = Stats(matrix.name, inputs=stats, log=log, grid_is_given=matrix.expert is not None)
+        q = quantize_linear(w.contiguous(), recipe, facts, rotated=rotated)
         notes.extend(log)
-        return pack(q, recipe, static_inputs(recipe, seen, matrix.name))[0]
+        packed, spec = pack(q, recipe, None if inputs is None else inputs.params)
+        schemes.append(spec.scheme)
+        return packed
 
     empty, spec = pack_empty((w.shape[0], w.shape[1]), recipe, w.dtype, rotated=rotated)
     packed = processes.from_owner(owner, empty, make)
+    scheme = processes.of(owner, schemes[0].to_dict() if schemes else None)
     if stats is not None and stats.last:
         stats.memo.clear()  # large, and of no use any more
-    if tuple(packed) != spec.names:
-        kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
-        spec = replace(spec, names=tuple(packed), outliers=kept)
+    kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
+    spec = replace(spec, names=tuple(packed), outliers=kept, scheme=Scheme.from_dict(scheme))
     found = LayerFinding(matrix.name, None, count, processes.gather_notes(notes))
     made = Pieces(matrix, packed, spec, found)
     if sample is not None and len(sample):
@@ -113,21 +119,40 @@ def quantize_matrix(
     return made
 
 
-def static_inputs(recipe: Recipe, stats: InputStats | None, name: str) -> InputParams | None:
-    """The range of a static input that calibration found, None where a recipe has none.
-
-    Raises CalibrationError for a layer that no token reached: there is nothing to fall back to.
-    """
+def with_inputs(recipe: Recipe, inputs: InputChoice | None) -> Recipe:
+    """The recipe with the numbers that were chosen for a layer's input."""
     given = recipe.scheme.input
-    if given is None or given.dynamic:
+    if given is None or inputs is None:
+        return recipe
+    return replace(recipe, scheme=replace(recipe.scheme, input=replace(given, tensor=inputs.tensor)))
+
+
+def find_inputs(
+    recipe: Recipe, stats: InputStats | None, weights: Sequence[Tensor], quantized: Sequence[Tensor], group: Group
+) -> InputChoice | None:
+    """What calibration found for the input of some layers, None where nothing has to be found.
+
+    `weights`: [N, K] of the layers that read it; `quantized`: what they are quantized to so far. Raises
+    CalibrationError for a static input that no token reached: there is nothing to fall back to.
+    """
+    given, step = recipe.scheme.input, recipe.input_range
+    find = INPUT_RANGES.get(step.name)
+    if given is None or (given.dynamic and not searches_dynamic(find)):
         return None
-    if stats is None or stats.histogram is None or not stats.histogram.total:
+    unseen = stats is None or (not stats.tokens and (stats.histogram is None or not stats.histogram.total))
+    if not given.dynamic and unseen:
         raise CalibrationError(
-            f"{name} was reached by no token of the calibration data, so that its static input has no range: give more "
-            "data, leave the layer alone (modules_to_not_convert), or use dynamic ranges"
+            f"{group.name} was reached by no token of the calibration data, so that its static input has no range: "
+            "give more data, leave the layer alone (modules_to_not_convert), or use dynamic ranges"
         )
-    step = recipe.input_range
-    return INPUT_RANGES.get(step.name)(stats.histogram, given.tensor, name, **step.options)
+    if stats is None or unseen:
+        return None
+    peak = float(stats.absmax.max()) if stats.tokens else 0.0
+    if stats.histogram is not None:
+        peak = max(peak, stats.histogram.absmax)
+    experts = group.matrices[0].expert is not None
+    seen = SeenInput(group.name, stats.histogram, stats.sample, peak, tuple(weights), tuple(quantized), experts)
+    return find(seen, given, **step.options)
 
 
 def data_free(recipe: Recipe) -> Recipe:
@@ -166,7 +191,4 @@ def hold_pieces(module: Any, pieces: dict[str, list[Pieces]], config: HfQuantCon
         else:
             assert isinstance(module, PackedModule) and len(parts) == 1
             module.hold(parts[0].packed, spec)
-        if spec.outliers:
-            config.outlier_columns[label] = spec.outliers
-        if spec.rotated and label not in config.rotated:
-            config.rotated.append(label)
+        config.note(label, spec)

@@ -208,8 +208,9 @@ def pack_inputs(inputs: InputParams | None, scheme: Scheme) -> dict[str, Tensor]
         raise CalibrationError("a static input needs the range that calibration found for it: there is none")
     if spec.zero != (inputs.zero is not None):
         raise SpecError(f"a range {'with' if inputs.zero is not None else 'without'} a zero point does not fit {spec}")
-    zero = {} if inputs.zero is None else {INPUT_NAMES[1]: inputs.zero}
-    return {INPUT_NAMES[0]: inputs.scale, **zero}
+    # Copies: layers that read the same input are parameters of their own.
+    zero = {} if inputs.zero is None else {INPUT_NAMES[1]: inputs.zero.clone()}
+    return {INPUT_NAMES[0]: inputs.scale.clone(), **zero}
 
 
 def unpack_inputs(packed: list[Tensor], spec: PackedSpec) -> InputParams | None:

@@ -43,7 +43,9 @@ def preview(
     targets, coverage = survey(model, config.modules_to_not_convert, config.embeddings)
     calibrated = works_on_blocks(config.recipe)
     expected = _estimate(model, targets, config, settings) if calibrated and targets else None
-    swap_in(model, targets, config.recipe, _outlier_counts(model, targets, config.recipe), wait=False)
+    config = config.copy()
+    config.outlier_columns = _outlier_counts(model, targets, config.recipe)
+    swap_in(model, targets, config.recipe, config)
     return Report(
         config.method,
         config.options,

@@ -83,9 +83,14 @@ def gather_notes(notes: list[Any]) -> list[Any]:
     return [note for text in texts for note in json.loads(text)]
 
 
+def of(owner: int, value: Any) -> Any:
+    """What process `owner` gives as `value`, in plain JSON types."""
+    return gather_notes([value] if rank() == owner else [])[0]
+
+
 def of_first(value: Any) -> Any:
     """What process 0 gives as `value`, in plain JSON types."""
-    return gather_notes([value] if rank() == 0 else [])[0]
+    return of(0, value)
 
 
 def barrier() -> None:

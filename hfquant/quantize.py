@@ -26,7 +26,7 @@ from .stats import HISTOGRAM, Stats, needs_of
 from .tables import Table
 from .transforms import TRANSFORMS, Transform
 
-_REFERENCE_POSITIONAL = {"range": 3, "input range": 3, "rounder": 4, "columns": 3, "transform": 1}
+_REFERENCE_POSITIONAL = {"range": 3, "input range": 2, "rounder": 4, "columns": 3, "transform": 1}
 
 
 def check_recipe(recipe: Recipe) -> Recipe:
@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
         recipe.scheme.input.tensor.numbers()
     _check_step(INPUT_RANGES, recipe.input_range)
     if recipe.scheme.input is not None and not recipe.scheme.input.dynamic:
-        try_out(recipe.input_range.name, recipe.scheme.input.tensor, recipe.input_range.options)
+        try_out(recipe.input_range.name, recipe.scheme.input, recipe.input_range.options)
     _check_step(RANGES, recipe.range)
     _check_step(ROUNDERS, recipe.rounder)
     _check_step(COLUMNS, recipe.columns)
@@ -137,10 +137,13 @@ def check_finite(w: Tensor, name: str) -> None:
 
 
 def pack(q: QTensor, recipe: Recipe, inputs: InputParams | None = None) -> tuple[dict[str, Tensor], PackedSpec]:
-    """Stored tensors of a quantized weight, and their description for kernels; `inputs`: range of a static input."""
-    layout = layout_of(recipe)
-    packed = LAYOUTS.get(layout).pack(q) | pack_inputs(inputs, recipe.scheme)
-    return packed, packed_spec(packed, layout, q.shape, recipe.scheme, q.rotated)
+    """Stored tensors of a quantized weight, and their description for kernels; `inputs`: range of a static input.
+
+    The weight may be on another grid than the recipe names, of as many bits: a range may have chosen it.
+    """
+    layout, scheme = layout_of(recipe), replace(recipe.scheme, weight=q.spec)
+    packed = LAYOUTS.get(layout).pack(q) | pack_inputs(inputs, scheme)
+    return packed, packed_spec(packed, layout, q.shape, scheme, q.rotated)
 
 
 def pack_empty(

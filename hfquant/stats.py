@@ -176,12 +176,14 @@ class Stats:
     `name`: the layer's name in the model, for messages. `producer_std` [K] float32: standard deviation of the weights
     that produce each input feature, for proxy outliers. `inputs`: what calibration saw, None without calibration.
     `log`: what a stage wants the report to say, such as a remedy it had to take; every stage of a layer shares it.
+    `grid_is_given`: a range may not choose another grid, because experts that are stored together have one.
     """
 
     name: str = "weight"
     producer_std: Tensor | None = None
     inputs: InputStats | None = None
     log: list[str] | None = None
+    grid_is_given: bool = False
 
     def note(self, message: str) -> None:
         """Leave a remark for the report."""

@@ -19,7 +19,7 @@ from . import processes
 from .backend import load_all
 from .calibrate import OUTSIDE, Batch, Calibration, Settings, Tick
 from .checkpoint import INDEX_NAME, METHOD_KEY
-from .config import HfQuantConfig
+from .config import RECORDED, HfQuantConfig
 from .coverage import Coverage, Target, survey
 from .data import batches as batches_of
 from .data import kind_of, stand_in, tokenizer_for
@@ -64,10 +64,10 @@ class Shards:
         record = self.records.get(name)
         if record is None:
             return None
-        for key in ("outlier_columns", "rotated"):
+        for key in RECORDED:
             _restore(getattr(self.config, key, None), record.get(key))
         mine = [target for target in self.targets if self._belongs(f"{target.name}.weight", name)]
-        swap_in(self.model, mine, self.config.recipe, self.config.outlier_columns, False, self.config.rotated)
+        swap_in(self.model, mine, self.config.recipe, self.config)
         if name != OUTSIDE:
             _fill(self.model, self.folder / record["shard"])
         return BlockFinding.from_dict(record["finding"])
@@ -85,7 +85,7 @@ class Shards:
                     seen.add(value.data_ptr())
                     tensors[key] = value.contiguous()
             header = {"format": "pt", METHOD_KEY: self.config.method}
-            facts = {"outlier_columns": self.config.outlier_columns, "rotated": self.config.rotated}
+            facts = {key: getattr(self.config, key) for key in RECORDED}
             self.journal.write(name, shard, tensors, header, finding=finding.to_dict(), **facts)
         processes.barrier()
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import HfQuantConfig
 from .coverage import Target, aliases
 from .experts import QExperts, expert_projections, to_packed_experts
 from .nn import PackedModule, QEmbedding, QLinear, adopt
 from .quantize import choose_columns, for_table, pack, pack_empty, quantize_linear
 from .recipe import Recipe
+from .spec import Scheme
 from .stats import Stats
 
 
@@ -28,53 +31,65 @@ def swap_in(
     model: nn.Module,
     targets: Iterable[Target],
     recipe: Recipe,
-    outliers: dict[str, int],
-    wait: bool,
-    rotated: Collection[str] = (),
+    config: HfQuantConfig | None = None,
+    wait: bool = False,
 ) -> None:
     """Replace each target by a packed module with empty tensors on the meta device.
 
-    `outliers`: number of 16-bit columns by "module" or "module.projection". `wait`: keep full-precision placeholders
-    beside them, for weights that arrive unquantized. `rotated`: names of the weights that are quantized in the Hadamard
-    basis of their input, as in `outliers`.
+    `config`: has what is recorded of single weights. `wait`: keep full-precision placeholders beside them, for weights
+    that arrive unquantized.
     """
     for target in targets:
         module = model.get_submodule(target.name)
         if target.kind == "experts":
             names = {leaf: f"{target.name}.{leaf}" for leaf in expert_projections(module)}
-            facts = {leaf: _Facts(model, name, outliers, rotated) for leaf, name in names.items()}
-            _swap_experts(module, recipe, facts, wait)
+            facts = {leaf: _facts(model, name, recipe, config) for leaf, name in names.items()}
+            _swap_experts(module, facts, wait)
         else:
-            _swap_matrix(model, target, module, recipe, _Facts(model, target.name, outliers, rotated), wait)
+            made = for_table(recipe) if target.kind == "embedding" else recipe
+            _swap_matrix(model, target, module, _facts(model, target.name, made, config), wait)
 
 
+@dataclass(frozen=True)
 class _Facts:
-    """What is recorded of a weight, under any of the names it may have in a checkpoint.
+    """What is known of a weight in advance.
 
-    `outliers`: number of its 16-bit columns; `rotated`: whether its codes are in the Hadamard basis of its input.
+    `recipe`: with the numbers of this one. `outliers`: how many columns are in 16 bit; `rotated`: whether its codes are
+    in the Hadamard basis of its input.
     """
 
-    def __init__(self, model: nn.Module, name: str, outliers: dict[str, int], rotated: Collection[str]) -> None:
-        names = aliases(model, name)
-        self.outliers = next((outliers[alias] for alias in names if alias in outliers), 0)
-        self.rotated = any(alias in rotated for alias in names)
+    recipe: Recipe
+    outliers: int = 0
+    rotated: bool = False
 
 
-def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recipe, facts: _Facts, wait: bool) -> None:
+def _facts(model: nn.Module, name: str, recipe: Recipe, config: HfQuantConfig | None) -> _Facts:
+    """What is recorded of a weight, under any of the names it may have in a checkpoint."""
+    if config is None:
+        return _Facts(recipe)
+    names = aliases(model, name)
+    own = next((config.schemes[alias] for alias in names if alias in config.schemes), None)
+    if own is not None:
+        recipe = replace(recipe, scheme=Scheme.from_dict(own))
+    outliers = next((config.outlier_columns[alias] for alias in names if alias in config.outlier_columns), 0)
+    return _Facts(recipe, outliers, any(alias in config.rotated for alias in names))
+
+
+def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, facts: _Facts, wait: bool) -> None:
     weight = old.weight
     assert isinstance(weight, Tensor)
     dtype = weight.dtype
     new: PackedModule
     if isinstance(old, nn.Embedding):
         new = QEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, dtype)
-        shape, recipe = (old.num_embeddings, old.embedding_dim), for_table(recipe)
+        shape = (old.num_embeddings, old.embedding_dim)
     else:
         rows, cols = reversed(weight.shape) if target.kind == "conv1d" else weight.shape
         shape = (rows, cols)
         bias = old._parameters.get("bias")
         new = QLinear(cols, rows, bias, dtype)
     new.kind = target.kind
-    new.hold(*pack_empty(shape, recipe, dtype, facts.outliers, facts.rotated))
+    new.hold(*pack_empty(shape, facts.recipe, dtype, facts.outliers, facts.rotated))
     if wait:
         new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     mark_initialized(new)
@@ -82,7 +97,7 @@ def _swap_matrix(model: nn.Module, target: Target, old: nn.Module, recipe: Recip
     setattr(model.get_submodule(parent), leaf, adopt(new, old))
 
 
-def _swap_experts(module: nn.Module, recipe: Recipe, facts: dict[str, _Facts], wait: bool) -> None:
+def _swap_experts(module: nn.Module, facts: dict[str, _Facts], wait: bool) -> None:
     projections = expert_projections(module)
     weights = {projection: module._parameters[projection] for projection in projections}
     first = weights[projections[0]]
@@ -93,7 +108,7 @@ def _swap_experts(module: nn.Module, recipe: Recipe, facts: dict[str, _Facts], w
         count, rows, cols = weight.shape
         shape = (cols, rows) if experts.is_transposed else (rows, cols)
         found = facts[projection]
-        packed, spec = pack_empty(shape, recipe, weight.dtype, found.outliers, found.rotated)
+        packed, spec = pack_empty(shape, found.recipe, weight.dtype, found.outliers, found.rotated)
         experts.hold(projection, {key: t.expand(count, *t.shape) for key, t in packed.items()}, spec)
         if not wait:
             del experts._parameters[projection]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
@@ -138,10 +138,17 @@ def unpack_inverts_pack(recipe: Recipe) -> None:
 
 
 def shapes_are_known_in_advance(recipe: Recipe) -> None:
-    """A reload prepares empty tensors: they must have the shapes and dtypes of the real ones."""
+    """A reload prepares empty tensors: they must have the shapes and dtypes of the real ones.
+
+    A range may choose another grid of as many bits, which a checkpoint records.
+    """
     for what, w in weights():
         real, spec = pack_sample(quantized(w, recipe), recipe)
+        chosen, asked = spec.scheme.weight, recipe.scheme.weight
+        fits = replace(chosen, grid=asked.grid) == asked and chosen.numbers().bits == asked.numbers().bits
+        require(fits, f"the recipe says {asked} and got {chosen} for a weight that is {what}")
         empty, planned = pack_empty((w.shape[0], w.shape[1]), recipe, w.dtype, spec.outliers)
+        planned = replace(planned, scheme=replace(planned.scheme, weight=chosen))
         require(planned == spec, f"planned {planned} and got {spec} for a weight that is {what}")
         expected = {name: (tuple(value.shape), value.dtype) for name, value in empty.items()}
         found = {name: (tuple(value.shape), value.dtype) for name, value in real.items()}

@@ -175,10 +175,16 @@ def test_other_format_version_is_refused(version: Any) -> None:
         HfQuantConfig.from_dict(stored(format_version=version))
 
 
-UNNAMED = ("quant_method", "format_version", "calibration", "rotated")  # the last two are younger than the format
+UNNAMED = (
+    "quant_method",
+    "format_version",
+    "calibration",
+    "rotated",
+    "schemes",
+)  # the last three are younger than the format
 
 
-@pytest.mark.parametrize("name", ["calibration", "rotated"])
+@pytest.mark.parametrize("name", ["calibration", "rotated", "schemes"])
 def test_checkpoint_from_before_a_field_still_loads(name: str) -> None:
     data = stored()
     del data[name]
@@ -191,6 +197,18 @@ def test_missing_field_is_named(name: str) -> None:
     del data[name]
     with pytest.raises(FormatError, match=rf"has no {name}: the file was changed"):
         HfQuantConfig.from_dict(data)
+
+
+def test_a_recorded_scheme_is_checked_like_a_recipe() -> None:
+    scheme = stored()["recipe"]["scheme"]
+    other = {**scheme, "weight": {**scheme["weight"], "grid": "e2m1"}}
+    config = HfQuantConfig.from_dict(stored(schemes={"layer": other}))
+    assert HfQuantConfig.from_dict(config.to_dict()) == config and config.schemes == {"layer": other}
+    for damaged in ({}, None, {**scheme, "weight": 4}):
+        with pytest.raises(FormatError, match="is damaged"):
+            HfQuantConfig.from_dict(stored(schemes={"layer": damaged}))
+    with pytest.raises(SpecError, match="unknown grid 'int99'"):
+        HfQuantConfig.from_dict(stored(schemes={"layer": {**scheme, "weight": {**scheme["weight"], "grid": "int99"}}}))
 
 
 @pytest.mark.parametrize("recipe", [None, [], {}, {"scheme": {}}, {**stored()["recipe"], "range": "absmax"}])

@@ -66,7 +66,7 @@ def both(kind: str, method: str = "int4", **options) -> tuple[QExperts, nn.Modul
     targets, coverage = survey(holder, [], embeddings=False)
     assert [target.kind for target in targets] == ["experts"]
     weights = {name: getattr(holder.experts, name).data for name in expert_projections(holder.experts)}
-    swap_in(holder, targets, recipe, {}, wait=True)
+    swap_in(holder, targets, recipe, wait=True)
     for name, w in weights.items():
         packed = quantize_into(holder.experts, name, w, recipe, Stats(name))
         for key, value in packed.items():
@@ -180,7 +180,7 @@ def test_a_decorated_third_party_class_without_a_gate_is_packed():
     up, down = module.up_proj.data, module.down_proj.data
     holder = Holder(module)
     recipe = Config("int8").recipe
-    swap_in(holder, survey(holder, [], embeddings=False)[0], recipe, {}, wait=True)
+    swap_in(holder, survey(holder, [], embeddings=False)[0], recipe, wait=True)
     for name, w in (("up_proj", up), ("down_proj", down)):
         for key, value in quantize_into(module, name, w, recipe, Stats(name)).items():
             module._parameters[key] = nn.Parameter(value, requires_grad=False)

@@ -16,7 +16,17 @@ from hfquant import reference
 from hfquant.blocks import Blocks
 from hfquant.errors import CalibrationError, SpecError
 from hfquant.histogram import Histogram
-from hfquant.input_ranges import INPUT_RANGES, absmax, input_params, kl, kl_counts, mse, percentile, squared_error
+from hfquant.input_ranges import (
+    INPUT_RANGES,
+    SeenInput,
+    absmax,
+    input_params,
+    kl,
+    kl_counts,
+    mse,
+    percentile,
+    squared_error,
+)
 from hfquant.qtensor import InputParams
 from hfquant.ranges import kl_threshold
 from hfquant.spec import InputSpec, TensorSpec
@@ -178,8 +188,16 @@ def test_kl_of_values_that_reach_further_up_than_down() -> None:
 def test_powers_of_two_scale_the_range_exactly(name: str, kind: str, seed: int, power: int) -> None:
     x = drawn(kind, seed, 2100)
     for spec in (INT8, UINT8):
-        one, other = (INPUT_RANGES.get(name)(histogram(v), spec, "layer") for v in (x, x * 2.0**power))
+        one, other = (found(name, histogram(v), spec) for v in (x, x * 2.0**power))
         assert torch.equal(other.scale, one.scale * 2.0**power) and torch.equal(*(zero(p) for p in (one, other)))
+
+
+def found(name: str, hist: Histogram, spec: TensorSpec, layer: str = "layer") -> InputParams:
+    """What an input range finds that a recipe names."""
+    seen = SeenInput(layer, hist, torch.zeros(0, 4), hist.absmax)
+    choice = INPUT_RANGES.get(name)(seen, InputSpec(spec, dynamic=False))
+    assert choice.tensor == spec and choice.params is not None
+    return choice.params
 
 
 def zero(params: InputParams) -> Tensor:
@@ -189,7 +207,7 @@ def zero(params: InputParams) -> Tensor:
 @pytest.mark.parametrize("name", ["absmax", "percentile", "mse", "kl"])
 def test_an_input_that_is_always_zero_stays_zero(name: str) -> None:
     for spec in (INT8, UINT8):
-        params = INPUT_RANGES.get(name)(histogram(torch.zeros(3000)), spec, "layer")
+        params = found(name, histogram(torch.zeros(3000)), spec)
         assert float(params.scale) == 1
         assert not reference.static_round_trip(torch.zeros(4), spec, params).any()
 
@@ -197,14 +215,14 @@ def test_an_input_that_is_always_zero_stays_zero(name: str) -> None:
 @pytest.mark.parametrize("name", ["absmax", "percentile", "mse", "kl"])
 def test_the_smallest_numbers_have_a_range(name: str) -> None:
     for size, scale in ((1e-37, torch.finfo(torch.float32).smallest_normal), (1e-44, 1.0)):
-        params = INPUT_RANGES.get(name)(histogram(drawn("normal", 0, 3000) * size), INT8, "layer")
+        params = found(name, histogram(drawn("normal", 0, 3000) * size), INT8)
         assert float(params.scale) == scale  # devices flush smaller scales to 0; what is below all of them counts as 0
 
 
 @pytest.mark.parametrize("name", ["absmax", "percentile", "mse", "kl"])
 def test_a_layer_that_never_ran_is_named(name: str) -> None:
     with pytest.raises(CalibrationError, match=r"never ran layers\.3\.mlp"):
-        INPUT_RANGES.get(name)(Histogram(), INT8, "layers.3.mlp")
+        found(name, Histogram(), INT8, "layers.3.mlp")
 
 
 @pytest.mark.parametrize(

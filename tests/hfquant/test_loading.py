@@ -212,5 +212,5 @@ def test_hooks_of_replaced_modules_are_carried_along() -> None:
     calls = []
     model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, args: calls.append(module))
     targets, _ = survey(model, None, False)
-    swap_in(model, targets, check_recipe(HfQuantConfig("int4").recipe), {}, wait=False)
+    swap_in(model, targets, check_recipe(HfQuantConfig("int4").recipe))
     assert list(model.model.layers[0].mlp.up_proj._forward_pre_hooks.values())

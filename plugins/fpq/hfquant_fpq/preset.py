@@ -1,0 +1,68 @@
+"""The method "fpq": floating-point weights and inputs of few bits, in formats that are searched for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfquant.blocks import Blocks
+from hfquant.errors import SpecError
+from hfquant.presets import group_blocks, step
+from hfquant.recipe import Recipe, Step
+from hfquant.spec import InputSpec, Scheme, TensorSpec
+
+from .space import Space, usual
+
+GRANULARITIES = ("tensor", "token", "group")
+
+
+def fpq(
+    *,
+    bits: int = 4,
+    act_bits: int = 16,
+    group_size: int = -1,
+    search: str = "joint",
+    rounds: int = 3,
+    preshift: bool = True,
+    inputs: str = "tensor",
+    rounder: str | dict[str, Any] = "nearest",
+) -> Recipe:
+    """Weights of `bits` bits, 3 to 8, and inputs of `act_bits`, 16 for inputs that stay as they are.
+
+    Each layer gets the format, such as E2M1 or E3M0, and the largest value of each output channel that change its
+    outputs least; inputs get a format and one largest value. Needs calibration data. `group_size`: weights along the
+    input axis that share a scale, -1 for all of a row. `search`: "joint", "paper" for the candidates of the paper, or
+    "minmax" for the usual format without clipping. `rounds`: how often inputs and weights are searched in turns.
+    `preshift`: input channels may be shifted by powers of two, which are folded into the layers before. `inputs`:
+    "tensor" for one largest value, found by calibration, "token" or "group" (of 32 columns) for ranges that are found
+    at run time. `rounder`: "nearest", or "gptq" and its options. Raises SpecError for options that make no sense.
+    """
+    _check(search, rounds, preshift, inputs, act_bits)
+    weight = TensorSpec(usual(bits), group_blocks(None, group_size, -1))
+    if act_bits == 16:
+        return Recipe(Scheme(weight), _range(search, weight), step(rounder))
+    blocks = {"tensor": Blocks(-1, -1), "token": Blocks(1, -1), "group": Blocks(1, 32)}[inputs]
+    tensor = TensorSpec(usual(act_bits), blocks)
+    given = InputSpec(tensor, dynamic=inputs != "tensor")
+    found = Step("fpq", {**_options(search, tensor), "rounds": rounds})
+    shifts = (Step("fpq_shift"),) if preshift else ()
+    return Recipe(Scheme(weight, given), _range(search, weight), step(rounder), transforms=shifts, input_range=found)
+
+
+def _range(search: str, spec: TensorSpec) -> Step:
+    return Step("fpq", _options(search, spec))
+
+
+def _options(search: str, spec: TensorSpec) -> dict[str, Any]:
+    return {"search": search, "names": [spec.grid]} if search == "minmax" else {"search": search}
+
+
+def _check(search: str, rounds: int, preshift: bool, inputs: str, act_bits: int) -> None:
+    Space(("e2m1",), search)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise SpecError(f"rounds is a whole number, at least 1, got {rounds!r}")
+    if not isinstance(preshift, bool):
+        raise SpecError(f"preshift is True or False, got {preshift!r}")
+    if inputs not in GRANULARITIES:
+        raise SpecError(f"inputs is one of {', '.join(map(repr, GRANULARITIES))}, got {inputs!r}")
+    if act_bits != 16:
+        usual(act_bits)

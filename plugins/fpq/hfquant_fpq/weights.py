@@ -1,0 +1,104 @@
+"""The range "fpq": the format of a weight and the largest value of each of its blocks, searched together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hfquant.ranges import Params, params_from_bounds
+from hfquant.scales import as_stored, decode, encode, scale_from_bounds
+from hfquant.spec import TensorSpec
+from hfquant.stats import HESSIAN, Stats, needs
+
+from .loss import OutputError
+from .space import Space, float_grid, formats
+
+
+@needs(HESSIAN)
+def fpq(
+    w: Tensor,
+    spec: TensorSpec,
+    stats: Stats,
+    search: str = "joint",
+    names: list[str] | None = None,
+    lowest: float = -3.0,
+    highest: float = 0.5,
+    steps: int = 8,
+) -> Params:
+    """The format of `w` [N, K], and the largest value of each block, with the smallest error of the layer's output.
+
+    `spec.grid` says how many bits there are; the format may be any of that width, or of `names`. Each output channel
+    (each block of columns, with groups) has a largest value of its own; the format is the one that is best for all of
+    them. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. Errors are exact sums over all
+    calibration tokens; for more than 1024 input channels candidates are compared on the sample that is kept of the
+    tokens, and the best one exactly with no clipping. Without tokens, all weights count alike.
+    Source: Liu et al. 2023, "LLM-FP4", algorithm 1 and equation 12.
+    """
+    grids = [spec.grid] if stats.grid_is_given else names or formats(float_grid(spec.grid).bits)
+    space = Space(tuple(grids), search, lowest, highest, steps)
+    error = OutputError(w, stats.inputs)
+    best: tuple[float, TensorSpec, Tensor] | None = None
+    for name in space.names:
+        chosen = replace(spec, grid=name)
+        high = bounds(w, chosen, error, space)
+        loss = float(error.exact(change(w, high, chosen)).double().sum())
+        if best is None or loss < best[0]:
+            best = loss, chosen, high
+    assert best is not None
+    return params_from_bounds(w, -best[2], best[2], best[1])
+
+
+def bounds(w: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> Tensor:
+    """The largest values [R, C] float32 of the blocks of `w` on the grid of `spec`."""
+    shape = (w.shape[0], w.shape[1])
+    width = spec.blocks.sides(shape)[1]
+    found = []
+    for start in range(0, shape[1], width):
+        columns = slice(start, start + width)
+        found.append(_bounds(w[:, columns].float(), spec, error.part(columns), space))
+    return torch.stack(found, dim=1)
+
+
+def _bounds(x: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> Tensor:
+    """The largest values [R] of blocks that lie below each other and are as wide as `x` [N, k]."""
+    height = spec.blocks.sides((x.shape[0], x.shape[1]))[0]
+    peak = _per_block(x.abs().amax(1), height, "amax")
+    used = peak.masked_fill(peak == 0, 1)
+    best, chosen = torch.full_like(used, torch.inf), used
+    for exponent in space.exponents(used, spec.grid):
+        high = used * exponent.exp2()
+        loss = _per_block(error.rough(_change(x, high, spec, height)), height, "sum")
+        chosen = torch.where(loss < best, high, chosen)
+        best = torch.minimum(loss, best)
+    if error.sample is not None and space.mode != "paper":
+        losses = [_per_block(error.exact(_change(x, high, spec, height)), height, "sum") for high in (used, chosen)]
+        chosen = torch.where(losses[1] < losses[0], chosen, used)
+    return chosen.masked_fill(peak == 0, 0)
+
+
+def change(w: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
+    """W' - W [N, K] float32 for the largest values [R, C] of its blocks, with scales as they will be stored."""
+    shape = (w.shape[0], w.shape[1])
+    height, width = spec.blocks.sides(shape)
+    parts = [
+        _change(w[:, start : start + width].float(), high[:, index], spec, height)
+        for index, start in enumerate(range(0, shape[1], width))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _change(x: Tensor, high: Tensor, spec: TensorSpec, height: int) -> Tensor:
+    grid = spec.numbers()
+    scale = as_stored(scale_from_bounds(-high, high, grid, False), spec.scale_dtype).float()
+    rows = scale.repeat_interleave(height)[: len(x), None]
+    return decode(encode(x, rows, None, grid), rows, None, grid).sub_(x)
+
+
+def _per_block(rows: Tensor, height: int, how: str) -> Tensor:
+    """Join the values [N] of the rows of each block of `height` rows: [R]."""
+    if height == 1:
+        return rows
+    index = torch.arange(len(rows), device=rows.device) // height
+    return rows.new_zeros(int(index[-1]) + 1).scatter_reduce_(0, index, rows, how)
