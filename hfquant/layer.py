@@ -14,7 +14,7 @@ from . import processes
 from .blocks import row_chunks
 from .columns import COLUMNS
 from .config import HfQuantConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, UnsupportedError
 from .experts import QExperts
 from .findings import LayerFinding
 from .hadamard import hadamard, inverse_hadamard
@@ -183,6 +183,11 @@ def hold_pieces(module: Any, pieces: dict[str, list[Pieces]], config: HfQuantCon
     """Give a packed module the tensors of its matrices; `config` notes what a checkpoint has to record of them."""
     for leaf, parts in pieces.items():
         spec = parts[0].spec
+        if other := next((part for part in parts if part.spec != spec), None):
+            raise UnsupportedError(
+                f"{other.matrix.name} has other numbers than {parts[0].matrix.name}, with which it is stored: a range "
+                "has to keep the grid where `grid_is_given`"
+            )
         label = name
         if isinstance(module, QExperts):
             label = f"{name}.{leaf}"

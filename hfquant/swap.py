@@ -146,7 +146,8 @@ def _quantize_experts(module: QExperts, w: Tensor, recipe: Recipe, stats: Stats)
     Stacks need one shape, so every expert keeps the 16-bit columns that any of them asks for.
     """
     matrices = [matrix.contiguous() for matrix in (w.transpose(1, 2) if module.is_transposed else w)]
-    names = [Stats(f"{stats.name}[{expert}]", stats.producer_std) for expert in range(len(matrices))]
+    labels = [f"{stats.name}[{expert}]" for expert in range(len(matrices))]
+    names = [Stats(label, stats.producer_std, grid_is_given=True) for label in labels]
     chosen = [choose_columns(matrix, recipe, name) for matrix, name in zip(matrices, names, strict=True)]
     columns = torch.cat(chosen).unique()
     parts, spec = [], None

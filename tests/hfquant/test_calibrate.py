@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -417,3 +418,23 @@ def test_a_model_that_is_not_in_memory_is_refused(places: tuple[str, ...], words
     with pytest.raises(UnsupportedError, match=words):
         check_in_memory(Elsewhere())
     check_in_memory(nn.Linear(2, 2))
+
+
+def test_experts_that_are_stored_together_have_one_grid(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wayward(w: Tensor, spec: Any, find: Any, stats: Stats) -> QTensor:
+        grid = "e2m1" if stats.name.endswith("[1]") else spec.grid
+        return nearest(w, replace(spec, grid=grid), find, stats)
+
+    monkeypatch.setattr("hfquant.layer.data_free", lambda recipe: recipe)
+    made = Backend("wayward", rounders={"wayward": needs(HESSIAN)(wayward)}, presets={"wayward": wayward_preset})
+    register(made, "tests")
+    try:
+        with pytest.raises(UnsupportedError, match=r"\[1\] has other numbers than .*\[0\]"):
+            calibrate(tiny_model("mixtral"), "wayward", settings=Settings(min_tokens=0))
+    finally:
+        unregister(made, "tests")
+    assert all(stats.grid_is_given == ("experts" in name) for name, stats in seen.items())
+
+
+def wayward_preset() -> Recipe:
+    return Recipe(kbit("int4").scheme, rounder=Step("wayward"))

@@ -12,7 +12,7 @@ from hfquant.qtensor import InputParams
 from hfquant.reference import round_trip, static_round_trip
 from hfquant.spec import InputSpec, TensorSpec
 
-from .space import Space, float_grid, formats
+from .space import Space
 
 
 def fpq(
@@ -33,8 +33,8 @@ def fpq(
     weights are searched in turns, each for what was found for the other; it ends earlier when nothing changes.
     Source: Liu et al. 2023, "LLM-FP4", algorithm 1.
     """
-    grids = [given.tensor.grid] if seen.grid_is_given else names or formats(float_grid(given.tensor.grid).bits)
-    return find(seen, given, Space(tuple(grids), search, lowest, highest, steps))[0]
+    space = Space.of(given.tensor.grid, seen.grid_is_given, names, search, lowest, highest, steps)
+    return find(seen, given, space)[0]
 
 
 vars(fpq)["searches_dynamic"] = True

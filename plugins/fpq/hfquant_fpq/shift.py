@@ -65,18 +65,18 @@ def bounded(shift: Tensor, most: int) -> Tensor:
 def best_limit(view: BlockView, folds: Sequence[Fold], shifts: Sequence[Tensor]) -> int:
     """The largest shift 2^E - 1, of all formats that are searched, with the smallest error; 0 if none is best."""
     given: Any = view.recipe.scheme.input
-    names = formats(float_grid(given.tensor.grid).bits)
-    losses = {0: _loss(view, folds, [torch.zeros_like(shift) for shift in shifts])}
-    for name in names:
-        most = 2 ** float_grid(name).e - 1
-        losses[most] = _loss(view, folds, [shift.clamp(0, most) for shift in shifts])
+    space = Space(formats(float_grid(given.tensor.grid).bits), steps=_COARSE)
+    wanted, losses = max(float(shift.max()) for shift in shifts), dict[int, float]()
+    for most in (0, *(2 ** float_grid(name).e - 1 for name in space.names)):
+        losses[most] = _loss(view, folds, [shift.clamp(0, most) for shift in shifts], space)
+        if most >= wanted:  # larger limits are none
+            break
     return min(losses, key=lambda most: (losses[most], most))
 
 
-def _loss(view: BlockView, folds: Sequence[Fold], shifts: Sequence[Tensor]) -> float:
+def _loss(view: BlockView, folds: Sequence[Fold], shifts: Sequence[Tensor], space: Space) -> float:
     """Error of the outputs of all layers that read what is shifted."""
     given: Any = view.recipe.scheme.input
-    space = Space(formats(float_grid(given.tensor.grid).bits), steps=_COARSE)
     total = 0.0
     for fold, chosen in zip(folds, shifts, strict=True):
         factor = fold.by_column(chosen.exp2())

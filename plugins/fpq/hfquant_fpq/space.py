@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ class Space:
             raise SpecError("formats is a list of at least one format, such as ['e2m1', 'e3m0']")
         for name in self.names:
             float_grid(name)
+
+    @classmethod
+    def of(cls, grid: str, given: bool, names: list[str] | None, mode: str, *ladder: Any) -> Space:
+        """The candidates for numbers of as many bits as `grid` has, in any format of `names`, None for all.
+
+        `given`: that format has to be `grid`. `ladder`: `lowest`, `highest` and `steps`.
+        """
+        return cls((grid,) if given else tuple(names or formats(float_grid(grid).bits)), mode, *ladder)
 
     def exponents(self, peak: Tensor, name: str) -> Iterator[Tensor]:
         """Candidates for log2 of the largest value over `peak` (positive, any shape), each of its shape."""

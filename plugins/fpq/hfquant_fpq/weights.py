@@ -13,7 +13,7 @@ from hfquant.spec import TensorSpec
 from hfquant.stats import HESSIAN, Stats, needs
 
 from .loss import OutputError
-from .space import Space, float_grid, formats
+from .space import Space
 
 
 @needs(HESSIAN)
@@ -36,8 +36,9 @@ def fpq(
     tokens, and the best one exactly with no clipping. Without tokens, all weights count alike.
     Source: Liu et al. 2023, "LLM-FP4", algorithm 1 and equation 12.
     """
-    grids = [spec.grid] if stats.grid_is_given else names or formats(float_grid(spec.grid).bits)
-    space = Space(tuple(grids), search, lowest, highest, steps)
+    space = Space.of(spec.grid, stats.grid_is_given, names, search, lowest, highest, steps)
+    if stats.inputs is not None and stats.inputs.tokens == 0:
+        stats.note("no calibration token reached this layer: its ranges weigh all input channels alike")
     error = OutputError(w, stats.inputs)
     best: tuple[float, TensorSpec, Tensor] | None = None
     for name in space.names:
