@@ -15,6 +15,9 @@ from .tables import Table
 
 GRIDS: Table[Grid] = Table("grid")
 
+_MANTISSA, _BIAS = 23, 127  # of float32
+_EXPONENT, _HALF = 0x7F800000, 0x400000  # bits of the exponent, and of one half in the mantissa
+
 
 class Grid(ABC):
     """A finite set of numbers; `name` is its identity on disk."""
@@ -73,6 +76,10 @@ class Grid(ABC):
         """Levels [same shape] of uint8 `codes` in `dtype`."""
         return self.levels().to(codes.device, dtype)[codes.int()]
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Levels [same shape] float32 nearest to float32 `x`: `decode(encode(x))`, except for signs of 0."""
+        return self.decode(self.encode(x))
+
 
 @lru_cache(maxsize=256)
 def _levels(grid: Grid) -> Tensor:
@@ -121,8 +128,11 @@ class IntGrid(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes [same shape] uint8 by arithmetic; the same result as the general search, faster."""
-        low, high = float(self.levels()[0]), self.top
-        return x.round().clamp_(low, high).sub_(low).to(torch.uint8)
+        return self.nearest(x).sub_(float(self.levels()[0])).to(torch.uint8)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Levels [same shape] float32 nearest to float32 `x`."""
+        return x.round().clamp_(float(self.levels()[0]), self.top)
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,41 @@ class FloatGrid(Grid):
     def _levels(self) -> list[float]:
         positive = self._magnitudes()
         return [-value for value in reversed(positive[1:])] + positive
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes [same shape] uint8 by arithmetic on the bits; the same result as the general search, faster."""
+        level = self.nearest(x)
+        magnitude = level.abs()
+        normal = (magnitude.view(torch.int32) >> (_MANTISSA - self.m)).sub_((_BIAS - self.exponent_bias) << self.m)
+        subnormal = (magnitude * 2.0 ** (self.exponent_bias + self.m - 1)).to(torch.int32)
+        steps = torch.where(magnitude < self._tiny, subnormal, normal).clamp_max_(self.zero_code)  # NaN has more
+        sign = (level < 0).to(torch.int32).neg_()
+        return (steps ^ sign).sub_(sign).add_(self.zero_code).to(torch.uint8)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Levels [same shape] float32 nearest to float32 `x`; NaN stays NaN."""
+        x = x.clamp(-self.top, self.top)
+        if self.m == 0:
+            return self._nearest_power(x)
+        # Adding 1.5 * 2^23 steps leaves a float32 no bits below one step, so it rounds there, ties to even. The power
+        # of two at or below x says how large a step is; subnormals have the step of the smallest normal number.
+        binade = (x.view(torch.int32) & _EXPONENT).clamp_min_((_BIAS + 1 - self.exponent_bias) << _MANTISSA)
+        shifter = binade.add_(((_MANTISSA - self.m) << _MANTISSA) + _HALF).view(torch.float32)
+        return x.add_(shifter).sub_(shifter)
+
+    def _nearest_power(self, x: Tensor) -> Tensor:
+        """The same without mantissa bits: in the middle of two powers of two, the one with the even code."""
+        magnitude = x.abs()
+        bits = magnitude.view(torch.int32)
+        odd = ((bits >> _MANTISSA) + (1 + self.exponent_bias)) & 1
+        power = (bits + odd.add_(_HALF - 1)).bitwise_and_(_EXPONENT).view(torch.float32)
+        power = power.clamp_min_(self._tiny).masked_fill_(magnitude <= self._tiny / 2, 0)
+        return power.copysign_(x).add_(x - x)  # NaN stays NaN
+
+    @property
+    def _tiny(self) -> float:
+        """Smallest normal number."""
+        return 2.0 ** (1 - self.exponent_bias)
 
     def to_bits(self, codes: Tensor) -> Tensor:
         """Sign-magnitude bit patterns [same shape] uint8 of `codes`; zero becomes +0."""

@@ -21,7 +21,7 @@ from .errors import CalibrationError, SpecError
 from .histogram import Histogram
 from .qtensor import InputParams
 from .ranges import kl_threshold, params_from_bounds
-from .scales import decode, encode
+from .scales import round_to
 from .spec import InputSpec, TensorSpec
 from .tables import Table
 
@@ -154,7 +154,7 @@ def squared_error(points: tuple[Tensor, Tensor], spec: TensorSpec, params: Input
     """Sum of the squared quantization errors of `points`: values [m] float32, and how often each one counts [m]."""
     values, counts = points
     grid, zero = spec.numbers(), None if params.zero is None else params.zero.float()
-    seen = decode(encode(values, params.scale, zero, grid), params.scale, zero, grid)
+    seen = round_to(values, params.scale, zero, grid)
     return float(((seen.double() - values.double()).square() * counts).sum())
 
 

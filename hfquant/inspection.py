@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,14 @@ from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, survey
 from .errors import FormatError, SpecError
 from .findings import BlockFinding, LayerFinding, worst_first
+from .format_counts import Counts, count_formats
 from .nn import PackedModule
 from .report import REPORT_NAME, PackedWeight, packed_weights
-from .source import (
-    empty_model,
-    headers,
-    load_model,
-    method_of,
-    original_config,
-    read_config,
-    stored_dtype,
-    weight_files,
-)
+from .served_formats import Read, exact_as
+from .source import empty_model, load_model, method_of, original_config, read_config, stored_dtype
 from .spec import Scheme, TensorSpec
+from .stored import StoredTensors
 from .swap import packed_modules, swap_in
-
-_DTYPES = {
-    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,8 @@ class LayerInfo:
     """A quantized weight: its grid, who shares a scale, how it is stored, and what it takes.
 
     `count`: matrices in it (experts). `scale`: dtype or grid of the scales. `error`: |W - W'| / |W| in the Frobenius
-    norm, None without the original. `rotated`: it is quantized in the Hadamard basis of its input.
+    norm, None without the original. `rotated`: it is quantized in the Hadamard basis of its input. `exact_as`: a served
+    format that holds this weight exactly, see `served_formats.exact_as`.
 
     What calibration found, None without: `output_error`: of x W^T, the largest of several experts. `tokens`: how many
     reached it, the fewest of several. `notes`: remedies and fallbacks.
@@ -65,6 +56,7 @@ class LayerInfo:
     output_error: float | None = None
     tokens: int | None = None
     notes: tuple[str, ...] = ()
+    exact_as: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -85,16 +77,26 @@ class Inspection:
     calibration: dict[str, Any] | None = None
     blocks: tuple[BlockFinding, ...] | None = field(default=None, compare=False)
 
+    @property
+    def formats(self) -> dict[str, Counts]:
+        """How many layers of each type have which grid: of the "weight", and of the "input" where it is quantized."""
+        inputs = [(layer.name, layer.input and layer.input.partition("/")[0]) for layer in self.layers]
+        return {
+            "weight": count_formats((layer.name, layer.grid) for layer in self.layers),
+            "input": count_formats(inputs),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         layers = [layer.to_dict() for layer in self.layers]
         blocks = None if self.blocks is None else [block.to_dict() for block in self.blocks]
-        found = {"calibration": self.calibration, "blocks": blocks}
+        found = {"formats": self.formats, "calibration": self.calibration, "blocks": blocks}
         return {"method": self.method, "layers": layers, "coverage": self.coverage.to_dict(), **found}
 
 
 def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) -> Inspection:
-    """Look into a native checkpoint. Without `reference` only its configuration and file headers are read.
+    """Look into a native checkpoint. Without `reference` only its configuration and file headers are read, and the few
+    tensors that tell whether a served format is exact.
 
     With `reference` (the original model) both are loaded, on the CPU, and every weight is compared. What calibration
     found is read from the report that `hfquant.quantize` left in the folder. Raises SpecError if `path` holds no native
@@ -113,8 +115,9 @@ def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) ->
     model = empty_model(config, stored_dtype(path, config))
     targets, coverage = survey(model, stored.skipped, stored.embeddings)
     swap_in(model, targets, stored.recipe, stored)
-    _check_files(path, model)
-    layers = tuple(_describe(weight) for weight in packed_weights(model))
+    files = StoredTensors(path)
+    files.check(model)
+    layers = tuple(_describe(weight, partial(files.read, weight)) for weight in packed_weights(model))
     return _with_findings(Inspection(stored.method, layers, coverage, stored.calibration), blocks)
 
 
@@ -127,7 +130,7 @@ def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspe
     if reference is not None:
         _check_comparable(config)
     errors = {} if reference is None else weight_errors(model, reference)
-    layers = [_describe(weight, errors.get(weight.name)) for weight in packed_weights(model)]
+    layers = [_describe(weight, partial(_held, weight), errors.get(weight.name)) for weight in packed_weights(model)]
     if reference is not None:
         layers.sort(key=lambda layer: -(layer.error or 0.0))
     made = Inspection(config.method, tuple(layers), quantizer.coverage, config.calibration)
@@ -220,7 +223,12 @@ def _original(reference: nn.Module, name: str, leaf: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _describe(weight: PackedWeight, error: float | None = None) -> LayerInfo:
+def _held(weight: PackedWeight, name: str) -> Tensor | None:
+    """A packed tensor of a loaded model, None where it has been offloaded."""
+    return None if weight.tensors[name].is_meta else weight.tensors[name]
+
+
+def _describe(weight: PackedWeight, read: Read, error: float | None = None) -> LayerInfo:
     scheme, spec = weight.spec.scheme, weight.spec
     return LayerInfo(
         weight.name,
@@ -237,6 +245,7 @@ def _describe(weight: PackedWeight, error: float | None = None) -> LayerInfo:
         spec.outliers,
         error,
         spec.rotated,
+        exact_as=None if weight.kind == "embedding" else exact_as(spec, read),  # engines serve layers that multiply
     )
 
 
@@ -256,28 +265,3 @@ def input_name(scheme: Scheme) -> str | None:
         return None
     static = "" if scheme.input.dynamic else " static"
     return f"{scheme.input.tensor.grid}/{blocks_name(scheme.input.tensor)}{static}"
-
-
-def _check_files(path: str | Path, model: nn.Module) -> None:
-    """Compare the files' headers with what the model expects. A Hub repository is not downloaded for this."""
-    if not Path(path).is_dir():
-        return
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in weight_files(path):
-        stored |= headers(file)
-    tied = _tied(model)
-    for name, parameter in model.named_parameters():
-        if name not in stored:
-            if name not in tied:
-                raise FormatError(f"{path} is incomplete: no file holds the tensor {name!r}")
-            continue
-        dtype, shape = stored[name]
-        converts = parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)  # to the dtype of the model
-        if shape != tuple(parameter.shape) or not (converts or _DTYPES.get(dtype) == parameter.dtype):
-            expected = f"{parameter.dtype} {tuple(parameter.shape)}".removeprefix("torch.")
-            raise FormatError(f"{path}: tensor {name!r} is {dtype} {shape}, its configuration says {expected}")
-
-
-def _tied(model: Any) -> set[str]:
-    """Names of parameters that are stored under another name."""
-    return {key for pair in model.all_tied_weights_keys.items() for key in pair}

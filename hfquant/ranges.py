@@ -19,7 +19,7 @@ from .codebooks import FittedGrid
 from .errors import SpecError
 from .grids import Grid
 from .qtensor import QTensor
-from .scales import as_stored, decode, encode, one_for_zero, scale_from_bounds, store_scales, zero_from_bounds
+from .scales import as_stored, one_for_zero, round_to, scale_from_bounds, store_scales, zero_from_bounds
 from .spec import TensorSpec
 from .stats import Stats
 from .tables import Table
@@ -134,7 +134,7 @@ def clipping_error(x: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -> Te
     grid = spec.numbers()
     scale = as_stored(scale_from_bounds(low, high, grid, spec.zero), spec.scale_dtype).float()[:, None]
     zero = zero_from_bounds(low[:, None], scale, grid) if spec.zero else None
-    return (decode(encode(x, scale, zero, grid), scale, zero, grid) - x).abs_()
+    return round_to(x, scale, zero, grid).sub_(x).abs_()
 
 
 def kl(w: Tensor, spec: TensorSpec, stats: Stats) -> Params:

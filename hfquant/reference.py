@@ -16,7 +16,7 @@ from .layouts import unpack, unpack_inputs
 from .qtensor import InputParams, Outliers
 from .ranges import absmax
 from .rounders import to_nearest
-from .scales import decode, encode
+from .scales import round_to
 from .spec import InputSpec, PackedSpec, TensorSpec
 from .stats import Stats
 
@@ -85,7 +85,7 @@ def static_round_trip(x: Tensor, spec: TensorSpec, inputs: InputParams) -> Tenso
     What lies beyond the range becomes its end. NaN and infinite values become NaN: clipping would hide an overflow.
     """
     grid, zero = spec.numbers(), None if inputs.zero is None else inputs.zero.float()
-    seen = decode(encode(x, inputs.scale, zero, grid), inputs.scale, zero, grid)
+    seen = round_to(x, inputs.scale, zero, grid)
     zero_or_nan = x - x
     return seen + zero_or_nan
 

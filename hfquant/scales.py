@@ -79,3 +79,10 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Ten
     """Real values [same shape] float32 of `codes`."""
     numbers = grid.decode(codes)
     return (numbers if zero is None else numbers - zero) * scale
+
+
+def round_to(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """Real values [same shape] float32 nearest to float32 `x`: `decode(encode(...))` without the codes in between."""
+    if zero is None:
+        return grid.nearest(x / scale).mul_(scale)
+    return (x / scale).round_().add_(zero).clamp_(0, grid.size - 1).sub_(zero).mul_(scale)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..format_counts import Counts, grids_of
 from ..inspection import Inspection, LayerInfo, inspect_checkpoint
 from .findings import data_line, percent, show_findings
 from .output import coverage_table, print_json, stdout, table
@@ -24,7 +25,10 @@ def inspect_command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show each layer's grid, blocks, layout and size, its error against the original, and what calibration found."""
+    """Show each layer's numbers and size, its error against the original, and what calibration found.
+
+    Where layers have different formats, it counts them by type of layer.
+    """
     if plot is not None:
         check_plot(plot)
     found = inspect_checkpoint(path, reference)
@@ -37,7 +41,7 @@ def inspect_command(
 
 
 # What all layers have in common is said once, so that the table fits a terminal.
-SHAREABLE = ("grid", "input", "block", "scale", "layout", "bits", "kept")
+SHAREABLE = ("grid", "input", "block", "scale", "layout", "bits", "kept", "exact as")
 NOTHING = "-"
 
 
@@ -55,13 +59,29 @@ def _show(found: Inspection, with_errors: bool) -> None:
         made.add_row(*(cells[name] for name in shown))
     out.print(made)
     out.print("\nbits: per weight, scales included   kept: input columns in 16 bit", style="dim")
+    if any(layer.exact_as for layer in found.layers):
+        out.print("exact as: a format that is served, of as many bits, holds these weights exactly", style="dim")
     if with_errors:
         out.print("error: |W - W'| / |W|, worst layer first", style="dim")
     if found.blocks:
         out.print("output: |x (W - W')| / |x W| on calibration data", style="dim")
     out.print()
+    for of, counts in found.formats.items():
+        _show_formats(of, counts)
     _show_calibration(found)
     out.print(coverage_table(found.coverage))
+
+
+def _show_formats(of: str, counts: Counts) -> None:
+    """How many layers of each type have which grid, unless all have the same."""
+    grids = grids_of(counts)
+    if len(grids) < 2:
+        return
+    made = table(f"{of}s", *grids, right=tuple(grids))
+    for kind, row in counts.items():
+        made.add_row(kind, *(str(row.get(grid, NOTHING)) for grid in grids))
+    stdout().print(made)
+    stdout().print()
 
 
 def _show_calibration(found: Inspection) -> None:
@@ -94,4 +114,5 @@ def _cells(layer: LayerInfo) -> dict[str, str]:
         "bits": f"{layer.bits_per_weight:.3f}",
         "MB": f"{layer.mb:.3f}",
         "kept": str(layer.outlier_columns or NOTHING),
+        "exact as": layer.exact_as or NOTHING,
     }

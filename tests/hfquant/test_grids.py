@@ -51,6 +51,21 @@ def test_encode_is_the_nearest_level_and_ties_go_to_even(name: str) -> None:
     assert torch.equal(numbers.encode(x), nearest(numbers, x))
 
 
+@pytest.mark.parametrize("name", [*FLOATS, *SPECIAL, "e3m0b2", "e4m0b-1", "e2m0b4"])
+def test_floats_are_encoded_by_arithmetic_as_by_the_general_search(name: str) -> None:
+    numbers = grid(name)
+    any_bits = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(1))
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    x = torch.cat([any_bits.to(torch.int32).view(torch.float32), odd, probes(numbers)])
+    assert torch.equal(numbers.encode(x), Grid.encode(numbers, x))
+
+
+@each_grid
+def test_the_nearest_level_is_that_of_the_nearest_code(name: str) -> None:
+    numbers, x = grid(name), probes(grid(name))
+    assert torch.equal(numbers.nearest(x), numbers.decode(numbers.encode(x)))
+
+
 @each_grid
 def test_levels_are_sorted_unique_float32_with_an_exact_zero(name: str) -> None:
     levels = grid(name).levels()

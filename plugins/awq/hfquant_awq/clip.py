@@ -10,7 +10,7 @@ from torch import Tensor
 from hfquant.codebooks import FittedGrid
 from hfquant.errors import SpecError
 from hfquant.ranges import Params, params_from_bounds
-from hfquant.scales import as_stored, decode, encode, scale_from_bounds, zero_from_bounds
+from hfquant.scales import as_stored, round_to, scale_from_bounds, zero_from_bounds
 from hfquant.spec import TensorSpec
 from hfquant.stats import HESSIAN, Stats, needs
 
@@ -67,4 +67,4 @@ def _error(x: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
     grid = spec.numbers()
     scale = as_stored(scale_from_bounds(low, high, grid, spec.zero), spec.scale_dtype).float()[:, None]
     zero = zero_from_bounds(low[:, None], scale, grid) if spec.zero else None
-    return decode(encode(x, scale, zero, grid), scale, zero, grid).sub_(x)
+    return round_to(x, scale, zero, grid).sub_(x)

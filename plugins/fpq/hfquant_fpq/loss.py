@@ -41,6 +41,13 @@ class OutputError:
         made.sample = None if self.sample is None else self.sample[:, columns]
         return made
 
+    def rows(self, rows: slice) -> OutputError:
+        """The same for some rows."""
+        made = OutputError.__new__(OutputError)
+        made.gram, made.sample = self.gram, self.sample
+        made.pull = None if self.pull is None else self.pull[rows]
+        return made
+
     def exact(self, d: Tensor) -> Tensor:
         """The error [N] of each row for the change `d` [N, K] float32."""
         weighed = d if self.gram is None else d @ self.gram

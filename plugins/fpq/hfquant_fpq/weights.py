@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hfquant.ranges import Params, params_from_bounds
-from hfquant.scales import as_stored, decode, encode, scale_from_bounds
+from hfquant.scales import as_stored, round_to, scale_from_bounds
 from hfquant.spec import TensorSpec
 from hfquant.stats import HESSIAN, Stats, needs
 
 from .loss import OutputError
 from .space import Space
+
+_CACHED = 1 << 18  # weights whose candidates are tried while they stay in cache
 
 
 @needs(HESSIAN)
@@ -33,7 +35,7 @@ def fpq(
     (each block of columns, with groups) has a largest value of its own; the format is the one that is best for all of
     them. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. Errors are exact sums over all
     calibration tokens; for more than 1024 input channels candidates are compared on the sample that is kept of the
-    tokens, and the best one exactly with no clipping. Without tokens, all weights count alike.
+    tokens, and the best of each format exactly with no clipping. Without tokens, all weights count alike.
     Source: Liu et al. 2023, "LLM-FP4", algorithm 1 and equation 12.
     """
     space = Space.of(spec.grid, stats.grid_is_given, names, search, lowest, highest, steps)
@@ -43,28 +45,38 @@ def fpq(
     best: tuple[float, TensorSpec, Tensor] | None = None
     for name in space.names:
         chosen = replace(spec, grid=name)
-        high = bounds(w, chosen, error, space)
-        loss = float(error.exact(change(w, high, chosen)).double().sum())
+        high, loss = bounds(w, chosen, error, space)
         if best is None or loss < best[0]:
             best = loss, chosen, high
     assert best is not None
     return params_from_bounds(w, -best[2], best[2], best[1])
 
 
-def bounds(w: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> Tensor:
-    """The largest values [R, C] float32 of the blocks of `w` on the grid of `spec`."""
+def bounds(w: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> tuple[Tensor, float]:
+    """The largest values [R, C] float32 of the blocks of `w` on the grid of `spec`, and the error of the whole."""
     shape = (w.shape[0], w.shape[1])
     width = spec.blocks.sides(shape)[1]
     found = []
     for start in range(0, shape[1], width):
         columns = slice(start, start + width)
-        found.append(_bounds(w[:, columns].float(), spec, error.part(columns), space))
-    return torch.stack(found, dim=1)
+        found.append(_stacked(w[:, columns], spec, error.part(columns), space))
+    high = torch.stack([part for part, _ in found], dim=1)
+    if len(found) == 1:
+        return high, float(found[0][1].double().sum())
+    return high, float(error.exact(change(w, high, spec)).double().sum())
 
 
-def _bounds(x: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> Tensor:
-    """The largest values [R] of blocks that lie below each other and are as wide as `x` [N, k]."""
+def _stacked(x: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> tuple[Tensor, Tensor]:
+    """The largest values [R] of blocks that lie below each other and are as wide as `x` [N, k], and their errors."""
     height = spec.blocks.sides((x.shape[0], x.shape[1]))[0]
+    step = max(1, _CACHED // (height * x.shape[1])) * height
+    chunks = [slice(start, start + step) for start in range(0, len(x), step)]
+    found = [_search(x[rows].float(), spec, error.rows(rows), space, height) for rows in chunks]
+    return torch.cat([high for high, _ in found]), torch.cat([loss for _, loss in found])
+
+
+def _search(x: Tensor, spec: TensorSpec, error: OutputError, space: Space, height: int) -> tuple[Tensor, Tensor]:
+    """The same for some of the blocks."""
     peak = _per_block(x.abs().amax(1), height, "amax")
     used = peak.masked_fill(peak == 0, 1)
     best, chosen = torch.full_like(used, torch.inf), used
@@ -73,10 +85,12 @@ def _bounds(x: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> Te
         loss = _per_block(error.rough(_change(x, high, spec, height)), height, "sum")
         chosen = torch.where(loss < best, high, chosen)
         best = torch.minimum(loss, best)
-    if error.sample is not None and space.mode != "paper":
-        losses = [_per_block(error.exact(_change(x, high, spec, height)), height, "sum") for high in (used, chosen)]
-        chosen = torch.where(losses[1] < losses[0], chosen, used)
-    return chosen.masked_fill(peak == 0, 0)
+    if error.sample is not None:
+        best = _per_block(error.exact(_change(x, chosen, spec, height)), height, "sum")
+        if space.mode == "joint":
+            unclipped = _per_block(error.exact(_change(x, used, spec, height)), height, "sum")
+            chosen, best = torch.where(best < unclipped, chosen, used), torch.minimum(best, unclipped)
+    return chosen.masked_fill(peak == 0, 0), best
 
 
 def change(w: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
@@ -94,7 +108,7 @@ def _change(x: Tensor, high: Tensor, spec: TensorSpec, height: int) -> Tensor:
     grid = spec.numbers()
     scale = as_stored(scale_from_bounds(-high, high, grid, False), spec.scale_dtype).float()
     rows = scale.repeat_interleave(height)[: len(x), None]
-    return decode(encode(x, rows, None, grid), rows, None, grid).sub_(x)
+    return round_to(x, rows, None, grid).sub_(x)
 
 
 def _per_block(rows: Tensor, height: int, how: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hfquant.blocks import row_chunks
 from hfquant.errors import SpecError
 from hfquant.ranges import absmax
-from hfquant.scales import decode, encode
+from hfquant.scales import round_to
 from hfquant.spec import TensorSpec
 from hfquant.stats import Stats
 
@@ -52,8 +52,8 @@ def relative_error(w: Tensor, spec: TensorSpec, stats: Stats) -> Tensor:
     power = torch.zeros_like(error)
     for rows in row_chunks(shape):
         part, scale = w[rows].float(), spec.blocks.expand(params.scale, shape, rows)
-        rounded = decode(encode(part, scale, None, params.grid), scale, None, params.grid)
-        error += (rounded - part).double().square().sum(0)
+        change = round_to(part, scale, None, params.grid).sub_(part)
+        error += change.double().square().sum(0)
         power += part.double().square().sum(0)
     return torch.where(power > 0, error / power, 0).sqrt()
 
