@@ -23,7 +23,7 @@ from .layouts import unpack, unpack_inputs
 from .matrices import Group, Matrix
 from .nn import PackedModule
 from .qtensor import QTensor
-from .quantize import pack, pack_empty, quantize_linear
+from .quantize import for_table, needs, pack, pack_empty, quantize_linear
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .reference import quantize_input
@@ -89,10 +89,9 @@ def quantize_matrix(
     sample = None if stats is None else stats.sample
     recipe = with_inputs(recipe, inputs)
     if stats is None or count < min_tokens:
-        changed = data_free(recipe)
-        if changed != recipe and processes.rank() == owner:
+        if needs(for_table(recipe)) and processes.rank() == owner:  # of the weight, whatever its input
             notes.append(f"{count} tokens reached it, {min_tokens} are needed: rounded to nearest")
-        recipe, stats = changed, None
+        recipe, stats = data_free(recipe), None
     schemes: list[Scheme] = []
 
     def make() -> dict[str, Tensor]:
@@ -156,11 +155,15 @@ def find_inputs(
 
 
 def data_free(recipe: Recipe) -> Recipe:
-    """The recipe with nearest rounding and plain ranges in the place of stages that need calibration."""
+    """The recipe with nearest rounding and plain ranges in the place of stages that need calibration.
+
+    A range that is marked with `works_without_data` stays.
+    """
     changed = recipe
     if needs_of(ROUNDERS.get(recipe.rounder.name), recipe.rounder.options):
         changed = replace(changed, rounder=Step("nearest"))
-    if needs_of(RANGES.get(recipe.range.name), recipe.range.options):
+    ranged = RANGES.get(recipe.range.name)
+    if needs_of(ranged, recipe.range.options) and not getattr(ranged, "works_without_data", False):
         changed = replace(changed, range=Step("absmax"))
     if needs_of(COLUMNS.get(recipe.columns.name), recipe.columns.options):
         changed = replace(changed, columns=Step("none"))

@@ -42,7 +42,11 @@ class Params:
 
 
 class Range(Protocol):
-    """Finds the grid parameters of a weight [N, K]."""
+    """Finds the grid parameters of a weight [N, K].
+
+    One that reads statistics is replaced by "absmax" where there are none, as for an embedding, unless it is marked
+    with `works_without_data`.
+    """
 
     def __call__(self, w: Tensor, spec: TensorSpec, stats: Stats, /, **options: Any) -> Params:
         """`stats` is what is known about the layer; `options` come from the recipe."""

@@ -19,12 +19,16 @@ from hfquant.histogram import Histogram
 from hfquant.input_ranges import SeenInput
 from hfquant.inspection import inspect_checkpoint
 from hfquant.qtensor import InputParams
+from hfquant.ranges import absmax
 from hfquant.recipe import Recipe
 from hfquant.reference import static_round_trip
+from hfquant.rounders import to_nearest
 from hfquant.spec import InputSpec, TensorSpec
+from hfquant.stats import Stats
 from hfquant.swap import packed_modules
 from hfquant.testing import conformance
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from hfquant_fpq import weights
 from hfquant_fpq.inputs import find, fpq
 from hfquant_fpq.preset import fpq as preset
 from hfquant_fpq.shift import bounded
@@ -114,6 +118,10 @@ def test_shifts_are_powers_of_two_within_their_bounds() -> None:
         ({"rounds": 0}, "at least 1"),
         ({"preshift": 1}, "True or False"),
         ({"inputs": "row"}, "'tensor', 'token', 'group'"),
+        ({"format": "e3m2"}, "has 6 bits, bits is 4"),
+        ({"format": "int4"}, "named like 'e2m1'"),
+        ({"act_bits": 8, "act_format": "e2m1"}, "has 4 bits, act_bits is 8"),
+        ({"act_format": "e2m1"}, "give act_bits too"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
@@ -163,6 +171,25 @@ def test_shifts_help_where_channels_differ_in_size(measured: Callable[..., float
 
 def test_weights_alone_gain_too(measured: Callable[..., float]) -> None:
     assert measured("plain") <= 0.75 * measured("plain", search="minmax")
+
+
+def test_a_format_that_is_given_is_that_of_every_layer() -> None:
+    data = [torch.randint(3, 1000, (4, 32), generator=torch.Generator().manual_seed(0))]
+    config = HfQuantConfig("fpq", format="e1m2", act_bits=6, act_format="e4m1", rounds=1, data=data)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, quantization_config=config)
+    assert set(formats_of(model).values()) == {("e1m2", "e4m1")}
+
+
+def test_embeddings_are_searched_too_and_all_their_columns_count_alike() -> None:
+    data = [torch.randint(3, 1000, (4, 32), generator=torch.Generator().manual_seed(0))]
+    config = HfQuantConfig("fpq", embeddings=True, data=data)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, quantization_config=config)
+    table = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).get_input_embeddings().weight.detach()
+    spec = preset().scheme.weight
+    found = model.get_input_embeddings().qtensor().dequantize()
+    searched, usual = (to_nearest(table, ranged(table, spec, Stats())).dequantize() for ranged in (weights.fpq, absmax))
+    assert torch.equal(found, searched)
+    assert (found - table).norm() < 0.95 * (usual - table).norm()
 
 
 # ---- what becomes of the formats

@@ -10,7 +10,7 @@ from hfquant.presets import group_blocks, step
 from hfquant.recipe import Recipe, Step
 from hfquant.spec import InputSpec, Scheme, TensorSpec
 
-from .space import Space, usual
+from .space import Space, float_grid, usual
 
 GRANULARITIES = ("tensor", "token", "group")
 
@@ -21,6 +21,8 @@ def fpq(
     act_bits: int = 16,
     group_size: int = -1,
     search: str = "joint",
+    format: str | None = None,
+    act_format: str | None = None,
     rounds: int = 3,
     preshift: bool = True,
     inputs: str = "tensor",
@@ -31,32 +33,42 @@ def fpq(
     Each layer gets the format, such as E2M1 or E3M0, and the largest value of each output channel that change its
     outputs least; inputs get a format and one largest value. Needs calibration data. `group_size`: weights along the
     input axis that share a scale, -1 for all of a row. `search`: "joint", "paper" for the candidates of the paper, or
-    "minmax" for the usual format without clipping. `rounds`: how often inputs and weights are searched in turns.
-    `preshift`: input channels may be shifted by powers of two, which are folded into the layers before. `inputs`:
-    "tensor" for one largest value, found by calibration, "token" or "group" (of 32 columns) for ranges that are found
-    at run time. `rounder`: "nearest", or "gptq" and its options. Raises SpecError for options that make no sense.
+    "minmax" for the usual format without clipping. `format`, `act_format`: one format for all layers instead of a
+    search, such as "e3m0", or "e1m2" for integers; as wide as `bits`, or `act_bits`. `rounds`: how often inputs and
+    weights are searched in turns. `preshift`: input channels may be shifted by powers of two, which are folded into the
+    layers before. `inputs`: "tensor" for one largest value, found by calibration, "token" or "group" (of 32 columns)
+    for ranges that are found at run time. `rounder`: "nearest", or "gptq" and its options. Raises SpecError for options
+    that make no sense.
     """
-    _check(search, rounds, preshift, inputs, act_bits)
-    weight = TensorSpec(usual(bits), group_blocks(None, group_size, -1))
+    _check(search, rounds, preshift, inputs)
+    weight = TensorSpec(chosen("format", format, "bits", bits), group_blocks(None, group_size, -1))
+    ranged = Step("fpq", _options(search, weight, format is not None))
     if act_bits == 16:
-        return Recipe(Scheme(weight), _range(search, weight), step(rounder))
+        if act_format is not None:
+            raise SpecError(f"act_format={act_format!r} is for quantized inputs: give act_bits too")
+        return Recipe(Scheme(weight), ranged, step(rounder))
     blocks = {"tensor": Blocks(-1, -1), "token": Blocks(1, -1), "group": Blocks(1, 32)}[inputs]
-    tensor = TensorSpec(usual(act_bits), blocks)
+    tensor = TensorSpec(chosen("act_format", act_format, "act_bits", act_bits), blocks)
     given = InputSpec(tensor, dynamic=inputs != "tensor")
-    found = Step("fpq", {**_options(search, tensor), "rounds": rounds})
+    found = Step("fpq", {**_options(search, tensor, act_format is not None), "rounds": rounds})
     shifts = (Step("fpq_shift"),) if preshift else ()
-    return Recipe(Scheme(weight, given), _range(search, weight), step(rounder), transforms=shifts, input_range=found)
+    return Recipe(Scheme(weight, given), ranged, step(rounder), transforms=shifts, input_range=found)
 
 
-def _range(search: str, spec: TensorSpec) -> Step:
-    return Step("fpq", _options(search, spec))
+def chosen(option: str, name: str | None, width: str, bits: int) -> str:
+    """The format that was asked for, or the usual one of so many bits. Raises SpecError if their widths differ."""
+    if name is None:
+        return usual(bits)
+    if float_grid(name).bits != bits:
+        raise SpecError(f"{option}={name!r} has {float_grid(name).bits} bits, {width} is {bits}: give the same")
+    return name
 
 
-def _options(search: str, spec: TensorSpec) -> dict[str, Any]:
-    return {"search": search, "names": [spec.grid]} if search == "minmax" else {"search": search}
+def _options(search: str, spec: TensorSpec, fixed: bool) -> dict[str, Any]:
+    return {"search": search, "names": [spec.grid]} if fixed or search == "minmax" else {"search": search}
 
 
-def _check(search: str, rounds: int, preshift: bool, inputs: str, act_bits: int) -> None:
+def _check(search: str, rounds: int, preshift: bool, inputs: str) -> None:
     Space(("e2m1",), search)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise SpecError(f"rounds is a whole number, at least 1, got {rounds!r}")
@@ -64,5 +76,3 @@ def _check(search: str, rounds: int, preshift: bool, inputs: str, act_bits: int)
         raise SpecError(f"preshift is True or False, got {preshift!r}")
     if inputs not in GRANULARITIES:
         raise SpecError(f"inputs is one of {', '.join(map(repr, GRANULARITIES))}, got {inputs!r}")
-    if act_bits != 16:
-        usual(act_bits)

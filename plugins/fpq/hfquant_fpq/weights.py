@@ -52,6 +52,9 @@ def fpq(
     return params_from_bounds(w, -best[2], best[2], best[1])
 
 
+vars(fpq)["works_without_data"] = True
+
+
 def bounds(w: Tensor, spec: TensorSpec, error: OutputError, space: Space) -> tuple[Tensor, float]:
     """The largest values [R, C] float32 of the blocks of `w` on the grid of `spec`, and the error of the whole."""
     shape = (w.shape[0], w.shape[1])
