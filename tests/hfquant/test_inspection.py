@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import hfquant
 from hfquant import FormatError, HfQuantConfig, SpecError
 from hfquant.inspection import inspect_checkpoint, inspect_model, weight_errors
+from hfquant.report import packed_weights
+from hfquant.stored import StoredTensors
 from hfquant.testing.tiny import tiny_model
 
 
@@ -30,8 +32,10 @@ def make(folder: Path, kind: str, config: HfQuantConfig) -> tuple[Path, Path]:
         ("mixtral", HfQuantConfig("int3", group_size=32)),
         ("llama", HfQuantConfig("e2m1", outliers=0.05)),
         ("llama", HfQuantConfig("quantile4")),
+        ("mixtral", HfQuantConfig("e1m2", group_size=32)),
+        ("gpt2", HfQuantConfig("e4m3")),
     ],
-    ids=["asymmetric", "conv1d", "experts", "outliers", "fitted"],
+    ids=["asymmetric", "conv1d", "experts", "outliers", "fitted", "integers", "fp8"],
 )
 def test_headers_alone_give_what_the_loaded_model_gives(tmp_path, kind, config):
     _, out = make(tmp_path, kind, config)
@@ -118,3 +122,46 @@ def test_files_that_contradict_the_config_are_found(tmp_path, damage):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj\.codes"):
         inspect_checkpoint(out)
+
+
+def test_layers_that_a_served_format_holds_say_so(tmp_path):
+    """Every row uses 480, its largest number, which OCP's E4M3 does not have, until a layer is told not to."""
+    _, out = make(tmp_path, "llama", HfQuantConfig("e4m3"))
+    assert {layer.exact_as for layer in inspect_checkpoint(out).layers} == {None}
+    tensors = load_file(out / "hfquant.safetensors")
+    chosen = "model.layers.1.mlp.up_proj"
+    tensors[f"{chosen}.codes"].clamp_(1, 253)
+    save_file(tensors, out / "hfquant.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for layer in inspect_checkpoint(out).layers:
+        q = model.get_submodule(layer.name).qtensor()
+        levels = q.spec.numbers().decode(q.codes)
+        held = torch.equal(levels.to(torch.float8_e4m3fn).float(), levels)
+        assert held == (layer.name == chosen) and layer.exact_as == ("FP8 E4M3" if held else None)
+    assert inspect_checkpoint(out) == inspect_model(model)
+
+
+def test_what_is_not_read_is_not_claimed(tmp_path):
+    """Values that are elsewhere, offloaded or on the Hub; embeddings, which engines do not look up quantized."""
+    _, out = make(tmp_path, "gpt2", HfQuantConfig("e1m6", embeddings=True))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for layer in inspect_checkpoint(out).layers:
+        assert layer.exact_as == (None if layer.kind == "embedding" else "INT8")
+    assert {layer.kind for layer in inspect_checkpoint(out).layers} == {"conv1d", "embedding"}
+    weights = packed_weights(model)
+    assert all(StoredTensors(out).read(weight, "scale") is not None for weight in weights)
+    assert all(StoredTensors("owner/model").read(weight, "scale") is None for weight in weights)
+    model.to("meta")
+    assert {layer.exact_as for layer in inspect_model(model).layers} == {None}
+
+
+def test_formats_are_counted_by_type_of_layer_and_experts_that_are_stored_together_once(tmp_path):
+    source, out = make(tmp_path, "mixtral", HfQuantConfig("fp8"))
+    found = inspect_checkpoint(out)
+    attention = {f"{name}_proj": {"e4m3fn": 2} for name in "qkvo"}
+    experts = {"gate_up_proj": {"e4m3fn": 2}, "down_proj": {"e4m3fn": 2}}
+    assert found.formats == {"weight": {**attention, **experts}, "input": {**attention, **experts}}
+    assert found.to_dict()["formats"] == found.formats
+    assert inspect_checkpoint(out, source).formats == found.formats
+    _, out = make(tmp_path / "weights", "llama", HfQuantConfig("int4"))
+    assert inspect_checkpoint(out).formats["input"] == {}

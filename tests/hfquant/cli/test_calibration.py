@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from hfquant.cli.findings import notes, percent
 from hfquant.findings import BlockFinding, LayerFinding
 from hfquant.inspection import inspect_checkpoint, inspect_model
 from hfquant.report import REPORT_NAME
+from hfquant.swap import packed_modules
 from hfquant.testing.tiny import tiny_inputs
 
 SIZES = ("--samples", 4, "--length", 32, "--batch-size", 2)
@@ -235,6 +237,30 @@ def test_inspect_with_reference_shows_both_errors(hfquant, calibrated, source):
     rows = re.findall(r"^ *([\d.]+)% +([\d.]+)%  layers", shown, re.MULTILINE)
     weights = [float(weight) for weight, _ in rows]
     assert len(rows) == 14 and weights == sorted(weights, reverse=True)
+
+
+def test_inspect_counts_formats_where_layers_have_different_ones(hfquant, calibrated, source, text, tmp_path):
+    config = HfQuantConfig("fpq", act_bits=4, group_size=32, data=str(text), samples=4, length=32)
+    library.quantize(source, config, tmp_path / "fpq")
+    formats = json.loads(hfquant("inspect", tmp_path / "fpq", "--json").stdout)["formats"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fpq")
+    schemes = {name: module.spec.scheme for name, module in packed_modules(model)}
+    shown = hfquant("inspect", tmp_path / "fpq").output
+    for of, grids in {
+        "weight": {name: scheme.weight.grid for name, scheme in schemes.items()},
+        "input": {name: scheme.input.tensor.grid for name, scheme in schemes.items()},
+    }.items():
+        counted = Counter((name.rpartition(".")[2], grid) for name, grid in grids.items())
+        assert counted == {(kind, grid): count for kind, row in formats[of].items() for grid, count in row.items()}
+        columns = sorted(set(grids.values()))
+        assert len(columns) > 1, "layers differ, or this shows nothing"
+        table = shown[re.search(rf"^{of}s .*$", shown, re.MULTILINE).start() :].partition("\n\n")[0].splitlines()
+        assert table[0].split() == [f"{of}s", *columns]
+        kinds = sorted({kind for kind, _ in counted})
+        assert [row.split() for row in table[1:]] == [
+            [kind, *(str(counted[kind, grid] or "-") for grid in columns)] for kind in kinds
+        ]
+    assert not re.search(r"^(weights|inputs) .*int", hfquant("inspect", calibrated).output, re.MULTILINE)
 
 
 def test_inspect_says_when_no_report_is_there_and_when_it_is_damaged(hfquant, calibrated, tmp_path):

@@ -234,6 +234,22 @@ def test_inspect_with_reference_orders_by_error(hfquant, source, quantized):
     assert len(errors) == 14 and errors == sorted(errors, reverse=True) and errors[0] > 0
 
 
+def test_inspect_says_what_a_served_format_holds(hfquant, source, quantized, tmp_path):
+    shown = hfquant("inspect", quantized).output
+    found = inspect_checkpoint(quantized)
+    assert len({layer.exact_as for layer in found.layers}) == 2, "groups of 64 do not divide all of them"
+    for layer in found.layers:
+        (row,) = re.findall(rf"^{re.escape(layer.name.removeprefix('model.'))} .*$", shown, re.MULTILINE)
+        assert row.split()[-1] == (layer.exact_as or "-")
+    library.quantize(source, HfQuantConfig("int8"), tmp_path / "int8")
+    assert "exact as INT8\n" in hfquant("inspect", tmp_path / "int8").output
+    library.quantize(source, HfQuantConfig("nf4"), tmp_path / "nf4")
+    shown = hfquant("inspect", tmp_path / "nf4").output
+    assert "exact as" not in shown and "weights    nf4" not in shown
+    layers = json.loads(hfquant("inspect", tmp_path / "nf4", "--json").stdout)["layers"]
+    assert {layer["exact_as"] for layer in layers} == {None}
+
+
 # ---- backends, doctor
 
 
