@@ -10,30 +10,23 @@ Writes results/calibrated_quality.json.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import random
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from common import calibration, facts, training_files
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from hfquant import HfQuantConfig
 from hfquant.eval import Reference, token_batches
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.models import HELDOUT, MODEL_DIR  # noqa: E402
-from tests.models.corpus import read_corpus, separator, standard_library  # noqa: E402
-from tests.models.outliers import save_variants  # noqa: E402
+from tests.models import HELDOUT, MODEL_DIR
+from tests.models.outliers import save_variants
 
 RESULT = Path(__file__).parent / "results" / "calibrated_quality.json"
 SEEDS = (0, 1, 2)
@@ -83,18 +76,6 @@ def rows() -> dict[str, Row]:
     return found
 
 
-def calibration(tokenizer: Any, files: list[Any], seed: int) -> list[Tensor]:
-    """Token samples [128, 256] of the training files in an order of their own."""
-    order = list(files)
-    random.Random(seed).shuffle(order)
-    ids: list[int] = []
-    for file in order:
-        ids += tokenizer(separator(file.path) + file.text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= SAMPLES * LENGTH:
-            break
-    return [torch.tensor(ids[: SAMPLES * LENGTH]).reshape(SAMPLES, LENGTH)]
-
-
 def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> float:
     """KL of a row."""
     config = HfQuantConfig(row.method, **row.options)
@@ -108,7 +89,7 @@ def main() -> None:
     """Measure, print, write; exit status 1 if a bar is missed."""
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    files = [file for file in read_corpus(standard_library()) if file.split == "train"]
+    files = training_files()
     text = HELDOUT.read_text()
     size = len(text) // len(SEEDS)
     table = rows()
@@ -118,12 +99,15 @@ def main() -> None:
             model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
             part = text[seed * size : (seed + 1) * size]
             reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
-            sources, data = save_variants(MODEL_DIR, Path(name), seed), calibration(tokenizer, files, seed)
+            sources, data = (
+                save_variants(MODEL_DIR, Path(name), seed),
+                calibration(tokenizer, files, seed, SAMPLES, LENGTH),
+            )
             for label, row in table.items():
                 kl[label].append(measure(reference, sources[row.variant], row, data))
                 print(f"seed {seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)
     lines = {label: line(row, label, kl) for label, row in table.items()}
-    RESULT.write_text(json.dumps({**facts(), "rows": lines}, indent=1) + "\n")
+    RESULT.write_text(json.dumps({**setting(), "rows": lines}, indent=1) + "\n")
     missed = show(lines)
     sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 
@@ -143,16 +127,13 @@ def line(row: Row, label: str, kl: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def facts() -> dict[str, Any]:
+def setting() -> dict[str, Any]:
     """What it takes to judge the figures."""
     return {
-        "question": __doc__.splitlines()[0],
-        "command": "python benchmarks/calibrated_quality.py",
+        **facts(str(__doc__), __file__),
         "seeds": SEEDS,
         "tokens": SEQUENCES * (LENGTH - 1),
         "calibration": {"samples": SAMPLES, "length": LENGTH},
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("hfquant", "torch", "transformers")},
     }
 
 

@@ -148,7 +148,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
     def measure(which: str, **options: Any) -> float:
         key = f"{which} {options}"
         if key not in known:
-            config = HfQuantConfig("fpq", data=[rows[8:]], **options)
+            config = HfQuantConfig("fpq", **options)
+            config = HfQuantConfig("fpq", data=[rows[8:]], **options) if config.needs_data else config
             path = {"plain": MODEL_DIR, "spread": folder}[which]
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)
             known[key] = reference.compare(model).kl
@@ -190,6 +191,12 @@ def test_embeddings_are_searched_too_and_all_their_columns_count_alike() -> None
     searched, usual = (to_nearest(table, ranged(table, spec, Stats())).dequantize() for ranged in (weights.fpq, absmax))
     assert torch.equal(found, searched)
     assert (found - table).norm() < (usual - table).norm()
+
+
+def test_nothing_to_search_for_takes_no_data() -> None:
+    assert not HfQuantConfig("fpq", search="minmax").needs_data
+    assert HfQuantConfig("fpq", search="minmax", act_bits=4, preshift=False).needs_data, "static inputs have a range"
+    assert HfQuantConfig("fpq", format="e2m1").needs_data, "the largest values are searched"
 
 
 # ---- what becomes of the formats

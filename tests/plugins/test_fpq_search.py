@@ -125,6 +125,8 @@ def test_no_clipping_is_the_first_candidate(mode: str) -> None:
 def test_candidates_are_spaced_evenly_in_octaves() -> None:
     found = sorted(float(value) for value in Space(("e2m1",)).exponents(torch.tensor(5.0), "e2m1"))
     assert found == [step / 8 for step in range(-24, 5)]
+    assert list(Space(("e2m1",)).finer()) == [1 / 16, 1 / 32]
+    assert list(Space(("e2m1",), steps=8).finer()) == list(Space(("e2m1",), "paper").finer()) == []
 
 
 def test_the_candidates_of_the_paper_multiply_the_bias() -> None:
@@ -205,7 +207,7 @@ def test_a_larger_space_is_never_worse(seed: int, bits: int) -> None:
 
     names = list(formats(bits))
     by_formats = [best(names=names[: count + 1]) for count in range(len(names))]
-    by_steps = [best(steps=steps) for steps in (1, 2, 4)]
+    by_steps = [best(steps=steps) for steps in (1, 2, 4, 8, 16, 32)]
     by_width = [best(lowest=lowest) for lowest in (-0.5, -1.0, -2.0)]
     for losses in (by_formats, by_steps, by_width):
         assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(losses))

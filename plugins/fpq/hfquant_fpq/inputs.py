@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hfquant.input_ranges import InputChoice, SeenInput, input_params
-from hfquant.qtensor import InputParams
 from hfquant.reference import round_trip, static_round_trip
-from hfquant.spec import InputSpec, TensorSpec
+from hfquant.spec import InputSpec
 
-from .space import Space
+from .space import Space, searches_nothing
 
 
 def fpq(
@@ -22,7 +22,7 @@ def fpq(
     names: list[str] | None = None,
     lowest: float = -3.0,
     highest: float = 0.5,
-    steps: int = 8,
+    steps: int = 32,
     rounds: int = 3,
 ) -> InputChoice:
     """The format of an input and, if its range is static, its largest value, with the smallest error of the outputs.
@@ -38,7 +38,7 @@ def fpq(
 
 
 vars(fpq)["searches_dynamic"] = True
-vars(fpq)["rounds"] = lambda options: options.get("rounds", 3)
+vars(fpq)["rounds"] = lambda options: 1 if searches_nothing(options) else options.get("rounds", 3)
 
 
 def find(seen: SeenInput, given: InputSpec, space: Space) -> tuple[InputChoice, float]:
@@ -46,26 +46,39 @@ def find(seen: SeenInput, given: InputSpec, space: Space) -> tuple[InputChoice, 
     exact, quantized = torch.cat(seen.weights).float(), torch.cat(seen.quantized).float()
     x = seen.sample.to(exact.device)
     already = x @ (quantized - exact).T
-    best: tuple[InputChoice, float] | None = None
-    for name in space.names:
-        spec = replace(given.tensor, grid=name)
-        for params in _candidates(seen, given, spec, space):
-            made = round_trip(x, spec) if params is None else static_round_trip(x, spec, params)
-            error = torch.addmm(already, made - x, quantized.T).square().sum()
-            loss = float(error) / max(len(x), 1)
-            if best is None or loss < best[1]:
-                best = InputChoice(spec, params), loss
-    assert best is not None
-    return best
+
+    def loss_of(choice: InputChoice) -> float:
+        error = torch.addmm(already, as_seen(x, choice) - x, quantized.T).square().sum()
+        return float(error) / max(len(x), 1)
+
+    return min((_best(seen, given, name, space, loss_of) for name in space.names), key=lambda found: found[1])
 
 
-def _candidates(seen: SeenInput, given: InputSpec, spec: TensorSpec, space: Space) -> list[InputParams | None]:
-    """Ranges to try; None stands for those that each token has at run time."""
+def _best(
+    seen: SeenInput, given: InputSpec, name: str, space: Space, loss_of: Callable[[InputChoice], float]
+) -> tuple[InputChoice, float]:
+    """The best range of a format, with its error; ranges of each token, at run time, are what they are."""
+    spec = replace(given.tensor, grid=name)
     if given.dynamic:
-        return [None]
-    peak = torch.tensor(seen.absmax or 1.0)
-    highs = [float(peak * exponent.exp2()) for exponent in space.exponents(peak, spec.grid)]
-    return [input_params(-high, high, spec) for high in highs]
+        return InputChoice(spec), loss_of(InputChoice(spec))
+    peak = seen.absmax or 1.0
+    tried: dict[float, tuple[InputChoice, float]] = {}
+
+    def attempt(exponent: float) -> None:
+        high = peak * 2.0**exponent
+        choice = InputChoice(spec, input_params(-high, high, spec))
+        tried[exponent] = choice, loss_of(choice)
+
+    def best() -> float:
+        return min(tried, key=lambda exponent: tried[exponent][1])
+
+    for exponent in space.exponents(torch.tensor(peak), name):
+        attempt(float(exponent))
+    for half in space.finer():
+        at = best()
+        attempt(at - half)
+        attempt(at + half)
+    return tried[best()]
 
 
 def as_seen(x: Tensor, choice: InputChoice) -> Tensor:

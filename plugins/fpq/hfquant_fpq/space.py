@@ -15,6 +15,7 @@ from hfquant.grids import FloatGrid, by_pattern
 
 MODES = ("joint", "paper", "minmax")
 _MOST_EXPONENT_BITS = 5
+_LADDER = 8  # candidates per octave that are tried wherever the best one may be
 _GAMMA = (0.01, 1.2, 100)  # the grid of the paper: first, end (not reached), count
 _USUAL = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}
 
@@ -36,15 +37,16 @@ class Space:
     """Formats, and for each the candidates of the largest value.
 
     `mode` "joint": powers of two times the largest magnitude, exponents from `lowest` to `highest` in `steps` steps per
-    octave, 0 (no clipping) first. "paper": the biases gamma * b of LLM-FP4, gamma from 0.01 to 1.2, where b is the
-    real-valued exponent bias without clipping (equation 7). "minmax": no clipping.
+    octave, 0 (no clipping) first; of more than 8 steps only those beside the best one so far. "paper": the biases
+    gamma * b of LLM-FP4, gamma from 0.01 to 1.2, where b is the real-valued exponent bias without clipping (equation
+    7). "minmax": no clipping.
     """
 
     names: tuple[str, ...]
     mode: str = "joint"
     lowest: float = -3.0
     highest: float = 0.5
-    steps: int = 8
+    steps: int = 32
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -79,9 +81,29 @@ class Space:
         yield torch.zeros_like(peak)
         if self.mode == "minmax":
             return
-        ladder = range(math.ceil(self.lowest * self.steps), math.floor(self.highest * self.steps) + 1)
+        steps = self._coarse()
+        ladder = range(math.ceil(self.lowest * steps), math.floor(self.highest * steps) + 1)
         for step in sorted(ladder, key=abs)[1:]:
-            yield torch.full_like(peak, step / self.steps)
+            yield torch.full_like(peak, step / steps)
+
+    def finer(self) -> Iterator[float]:
+        """How far to go from the best exponent so far, up and down, to look for a better one: halves, in turns."""
+        steps = 2 * self._coarse()
+        while self.mode == "joint" and steps <= self.steps:
+            yield 1 / steps
+            steps *= 2
+
+    def _coarse(self) -> int:
+        """Steps per octave that are all tried."""
+        steps = self.steps
+        while steps > _LADDER and steps % 2 == 0:
+            steps //= 2
+        return steps
+
+
+def searches_nothing(options: dict[str, Any]) -> bool:
+    """Whether a range with these options has one candidate: one format, without clipping."""
+    return options.get("search") == "minmax" and len(options.get("names") or ()) == 1
 
 
 def float_grid(name: str) -> FloatGrid:

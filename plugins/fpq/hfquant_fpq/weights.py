@@ -10,15 +10,14 @@ from torch import Tensor
 from hfquant.ranges import Params, params_from_bounds
 from hfquant.scales import as_stored, round_to, scale_from_bounds
 from hfquant.spec import TensorSpec
-from hfquant.stats import HESSIAN, Stats, needs
+from hfquant.stats import HESSIAN, Stats
 
 from .loss import OutputError
-from .space import Space
+from .space import Space, searches_nothing
 
 _CACHED = 1 << 18  # weights whose candidates are tried while they stay in cache
 
 
-@needs(HESSIAN)
 def fpq(
     w: Tensor,
     spec: TensorSpec,
@@ -27,7 +26,7 @@ def fpq(
     names: list[str] | None = None,
     lowest: float = -3.0,
     highest: float = 0.5,
-    steps: int = 8,
+    steps: int = 32,
 ) -> Params:
     """The format of `w` [N, K], and the largest value of each block, with the smallest error of the layer's output.
 
@@ -52,6 +51,7 @@ def fpq(
     return params_from_bounds(w, -best[2], best[2], best[1])
 
 
+vars(fpq)["needs"] = lambda options: frozenset() if searches_nothing(options) else frozenset({HESSIAN})
 vars(fpq)["works_without_data"] = True
 
 
@@ -82,12 +82,20 @@ def _search(x: Tensor, spec: TensorSpec, error: OutputError, space: Space, heigh
     """The same for some of the blocks."""
     peak = _per_block(x.abs().amax(1), height, "amax")
     used = peak.masked_fill(peak == 0, 1)
-    best, chosen = torch.full_like(used, torch.inf), used
-    for exponent in space.exponents(used, spec.grid):
-        high = used * exponent.exp2()
-        loss = _per_block(error.rough(_change(x, high, spec, height)), height, "sum")
-        chosen = torch.where(loss < best, high, chosen)
+    best, at = torch.full_like(used, torch.inf), torch.zeros_like(used)
+
+    def attempt(exponent: Tensor) -> None:
+        nonlocal best, at
+        loss = _per_block(error.rough(_change(x, used * exponent.exp2(), spec, height)), height, "sum")
+        at = torch.where(loss < best, exponent, at)
         best = torch.minimum(loss, best)
+
+    for exponent in space.exponents(used, spec.grid):
+        attempt(exponent)
+    for half in space.finer():
+        for exponent in (at - half, at + half):
+            attempt(exponent)
+    chosen = used * at.exp2()
     if error.sample is not None:
         best = _per_block(error.exact(_change(x, chosen, spec, height)), height, "sum")
         if space.mode == "joint":
