@@ -31,8 +31,8 @@ def fpq(
     """Weights of `bits` bits, 3 to 8, and inputs of `act_bits`, 16 for inputs that stay as they are.
 
     Each layer gets the format, such as E2M1 or E3M0, and the largest value of each output channel that change its
-    outputs least; inputs get a format and one largest value. Searching needs calibration data. `group_size`: weights along the
-    input axis that share a scale, -1 for all of a row. `search`: "joint", "paper" for the candidates of the paper, or
+    outputs least; inputs get a format and one largest value. Searching needs calibration data. `group_size`: weights in
+    a row that share a scale, -1 for all of them. `search`: "joint", "paper" for the candidates of the paper, or
     "minmax" for the usual format without clipping. `format`, `act_format`: one format for all layers instead of a
     search, such as "e3m0", or "e1m2" for integers; as wide as `bits`, or `act_bits`. `rounds`: how often inputs and
     weights are searched in turns. `preshift`: input channels may be shifted by powers of two, which are folded into the
