@@ -19,12 +19,12 @@ from .hidden import HiddenStates
 from .input_ranges import INPUT_RANGES, InputChoice, rounds_of
 from .layer import Pieces, find_inputs, quantize_matrix, with_inputs
 from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
+from .products import find_products, quantize_products
 from .ranges import RANGES
 from .reference import quantize_input
 from .settled import Settled, find_ends
-from .stats import CHANNELS, DRIFT, HESSIAN, HISTOGRAM, InputStats, needs_of
-
-_STATISTICS = 1 << 31  # bytes of statistics of experts that are gathered in one pass
+from .stages import lend_histograms, stages
+from .stats import CHANNELS, DRIFT, FISHER, HESSIAN, HISTOGRAM, InputStats, needs_of
 
 
 class BlockQuantizer:
@@ -36,6 +36,9 @@ class BlockQuantizer:
         self.settled: Settled | None = None
         with find_ends(block) as self.ends:
             self.groups = trace(name, block, run.targets, lambda: self.forward(0))
+        inside = run.recipe.attention is not None and index >= 0
+        self.products = find_products(name, block, self.groups, lambda: self.forward(0)) if inside else []
+        self.notes: list[str] = []
         self.twin: Twin | None = None
         self.closing: dict[str, list[Callable[[], None]]] = {}
         self.done: set[str] = set()  # names of modules
@@ -75,8 +78,11 @@ class BlockQuantizer:
         `as_seen`: what the layers see of their input [T, K]; its drift is then the one to the input itself, unless the
         original model's is asked for.
         """
+        fisher = self.run.importance if self.run.importance is not None and FISHER in what else None
         for group in groups:
             group.stats = InputStats(group.features, what, group.name)
+            if fisher is not None:
+                group.stats.outputs = {matrix.name: fisher.of_outputs(matrix.name) for matrix in group.targets}
         for number in self.numbers():
             originals = {} if self.twin is None or DRIFT not in what else self.twin.inputs(number, groups)
 
@@ -84,7 +90,10 @@ class BlockQuantizer:
                 assert group.stats is not None
                 x = group.basis(x)
                 original = originals.get(group.name, x if as_seen else None)  # noqa: B023
-                group.stats.add(as_seen(x) if as_seen else x, original)
+                names = [matrix.name for matrix in group.targets]
+                mask = self.run.masks[number]  # noqa: B023
+                weights = None if fisher is None else fisher.of_tokens(names, number, mask)  # noqa: B023
+                group.stats.add(as_seen(x) if as_seen else x, original, weights)
 
             with suppress(Enough), watch(groups, seen, lambda: self.run.masks[number], stop=True):  # noqa: B023
                 self.forward(number, keep=True)
@@ -95,7 +104,7 @@ class BlockQuantizer:
     def quantize(self, progress: Callable[[float], None]) -> list[LayerFinding]:
         """Quantize every target of the block, which computes with the quantized weights from now on."""
         groups = [group for group in self.groups if group.targets]
-        stages = list(_stages(groups, self.run))
+        planned = list(stages(groups, self.run.needs))
         self.settled = self.settle(groups)
         findings = []
 
@@ -106,10 +115,11 @@ class BlockQuantizer:
             self.done.add(owner)
             findings.append(made.finding)
 
-        for done, stage in enumerate(stages):
-            progress((done + 0.5) / (len(stages) + 1))
+        for done, stage in enumerate(planned):
+            progress((done + 0.5) / (len(planned) + 1))
+            self._quantize_products(stage)
             self.gather(stage, self.run.needs | {CHANNELS})
-            _lend_histograms(stage)
+            lend_histograms(stage)
             for group in stage:
                 for made in self._quantize_group(group):
                     keep(made)
@@ -118,9 +128,19 @@ class BlockQuantizer:
                 self.settled.finish(stage)
                 if self.settled.is_known(self.numbers()) and not self.run.runs_packed:
                     self.place(f"{self.name}.{self.settled.name}")  # its full-precision weights are of no use any more
+        self._quantize_products(None)
         for made in list(self._never_called(self.done)):
             keep(made)
         return findings
+
+    def _quantize_products(self, upcoming: list[Group] | None) -> None:
+        """Quantize the operands of attention that runs before `upcoming`, None for all that is left."""
+        for product in list(self.products):
+            if upcoming is None or any(id(group) in product.after for group in upcoming):
+                self.products.remove(product)
+                asked = (self.run.recipe, self.forward, self.run.masks, self.notes, self.run.importance)
+                record = quantize_products(product, *asked)
+                self.run.config.attention[product.name] = record
 
     def settle(self, groups: list[Group]) -> Settled | None:
         """What keeps the output of the part that is quantized first."""
@@ -242,40 +262,6 @@ class Twin:
         with watch(twins, seen, lambda: self.work.run.masks[number], stop=True), suppress(Enough):
             self._forward(number)
         return found
-
-
-def _lend_histograms(stage: list[Group]) -> None:
-    """Experts that no token reached get the static input range of all the others."""
-    counted = [group.stats.histogram for group in stage if group.stats is not None and group.stats.histogram]
-    pooled = counted[0].copy() if counted else None
-    for histogram in counted[1:]:
-        assert pooled is not None
-        pooled.merge(histogram)
-    for group in stage:
-        if group.stats is not None and group.stats.histogram is not None and not group.stats.tokens:
-            group.stats.histogram = pooled
-
-
-def _stages(groups: list[Group], run: State) -> Iterator[list[Group]]:
-    """Groups whose statistics are gathered in one pass: one after the other.
-
-    The experts of a layer go together, as far as their statistics fit into memory.
-    """
-    stage: list[Group] = []
-    for group in groups:
-        if stage and not _together(stage, group, run):
-            yield stage
-            stage = []
-        stage.append(group)
-    if stage:
-        yield stage
-
-
-def _together(stage: list[Group], group: Group, run: State) -> bool:
-    first, new = stage[0].matrices[0], group.matrices[0]
-    size = 8 * group.features**2 if HESSIAN in run.needs else 0
-    experts = first.module is new.module and first.parameter == new.parameter
-    return experts and size * (len(stage) + 1) <= _STATISTICS
 
 
 def _place(matrix: Matrix) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import processes
+from .attention import use
 from .blockquantizer import BlockQuantizer, OutsideQuantizer
 from .blockview import BlockView, in_float32, outside_view
 from .calibration_state import OUTSIDE, Batch, InMemory, Settings, State, Store, Tick, head, mask_of, share
@@ -23,12 +24,13 @@ from .config import HfQuantConfig
 from .coverage import Target
 from .errors import SpecError, UnsupportedError
 from .findings import BlockFinding, LayerFinding
+from .fisher import importance
 from .hidden import HiddenStates
 from .layer import quantize_matrix
 from .matrices import Matrix
-from .quantize import for_table
+from .quantize import for_table, needs
 from .recipe import Recipe
-from .stats import DRIFT
+from .stats import DRIFT, FISHER
 from .swap import swap_out
 from .transforms import TRANSFORMS
 
@@ -59,9 +61,11 @@ class Calibration:
             HiddenStates(folder / "quantized" if folder else None),
             HiddenStates(folder / "kept" if folder else None),
         )
+        if config.recipe.attention is not None:
+            use(model)
         self.store: Store = store or InMemory()
         self.tick = tick or (lambda what, share: None)
-        _check(config.recipe, targets)
+        _check(config.recipe, targets, self.store)
 
     @torch.no_grad()
     def run(self) -> list[BlockFinding]:
@@ -73,7 +77,7 @@ class Calibration:
                 return list(self._run())
         finally:
             for name, module in self.state.model.named_modules():  # packed ones have the names of the original ones
-                module.training = modes[name]
+                module.training = modes.get(name, False)  # operands of attention are new
             self.state.original.clear()
             self.state.quantized.clear()
             self.state.kept.clear()
@@ -108,6 +112,9 @@ class Calibration:
                 state.original[number] = state.quantized[number]
         self.probe_calls, self.probe = calls(self.state.model, self.state.chain, probe, self.state.tupled)
         self.state.masks = [mask_of(batch) for batch in self.state.batches]
+        if FISHER in state.needs:
+            weighed = [target.name for target in state.targets.values() if target.kind != "embedding"]
+            state.importance = importance(state.model, state.batches, weighed)
         self._transform_outside()  # only now: the original hidden states are the original model's
         if state.recipe.transforms:  # they may have changed the embeddings
             for number, batch in enumerate(state.batches):
@@ -166,7 +173,7 @@ class Calibration:
         error = self._advance(work.forward)
         if not self.state.runs_packed:
             work.place()
-        return BlockFinding(name, error, 0.0, layers, notes)
+        return BlockFinding(name, error, 0.0, layers, notes + work.notes)
 
     def _replay(self, index: int, block: nn.Module) -> None:
         """Go past a block that an earlier run finished, bit for bit as that run did."""
@@ -254,13 +261,32 @@ class Calibration:
         return found
 
 
-def _check(recipe: Recipe, targets: Sequence[Target]) -> None:
+def _check(recipe: Recipe, targets: Sequence[Target], store: Store) -> None:
     """Refuse what calibration cannot do."""
+    if FISHER in needs(recipe):
+        _check_fisher(recipe, targets, store)
     if any(TRANSFORMS.get(step.name).outside for step in recipe.transforms[1:]):
         names = ", ".join(step.name for step in recipe.transforms)
         raise SpecError(f"a transform of the whole model (a rotation) comes first, got {names}")
+    if recipe.attention is not None and processes.world() > 1:
+        raise UnsupportedError("the operands of attention are calibrated in one process: start only one")
     if recipe.columns.name != "none" and any(target.kind == "experts" for target in targets):
         raise UnsupportedError("16-bit columns of fused experts are not calibrated: leave the columns step out")
+
+
+def _check_fisher(recipe: Recipe, targets: Sequence[Target], store: Store) -> None:
+    """Refuse what a pass back through the whole model cannot tell."""
+    if not store.keeps:
+        raise UnsupportedError(
+            'loss="fisher" runs the whole model forwards and backwards, and here one block is held at a time: load the '
+            "model with from_pretrained and a quantization_config, and save the result"
+        )
+    if processes.world() > 1:
+        raise UnsupportedError('loss="fisher" is calibrated in one process: start only one')
+    if any(target.kind == "experts" for target in targets):
+        raise UnsupportedError('loss="fisher" is not defined for fused experts: use loss="output"')
+    if any(TRANSFORMS.get(step.name).outside for step in recipe.transforms):
+        raise SpecError('loss="fisher" knows outputs in their own basis, a rotation changes it: use loss="output"')
 
 
 def _sibling(folder: Path | None) -> Path | None:

@@ -17,6 +17,7 @@ from .config import HfQuantConfig
 from .coverage import Target
 from .errors import CalibrationError
 from .findings import BlockFinding
+from .fisher import Importance
 from .hidden import HiddenStates
 from .layer import Pieces, hold_pieces
 from .quantize import needs
@@ -95,6 +96,7 @@ class State:
     `original`, `quantized`: hidden states that enter the next block in the original and in the quantized model; the
     original one runs only on the batches `followed`. `kept`: what `Settled` keeps of the running block.
     `shared`: what transforms remember; "basis" [H, H] is the one that the quantized model's hidden states are in.
+    `importance`: of the outputs of layers to the answer of the original model, if errors are weighed by it.
     """
 
     model: PreTrainedModel
@@ -110,6 +112,7 @@ class State:
     calls: list[list[Call]] = field(default_factory=list)
     tupled: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
+    importance: Importance | None = None
 
     def __post_init__(self) -> None:
         self.recipe: Recipe = self.config.recipe

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention import Operands
 from .coverage import aliases
 from .errors import FormatError, SpecError
 from .experts import QExperts
@@ -164,8 +165,11 @@ def audit(model: PreTrainedModel, pre_quantized: bool) -> None:
     """
     offloaded = _offloaded(model)
     missing = [name for name, module in packed_modules(model) if _incomplete(name, module, offloaded)]
+    operands = [(f"{name}.scale", module.scale) for name, module in model.named_modules() if type(module) is Operands]
+    missing += [name for name, scale in operands if not _arrived(name, scale, offloaded)]
     if pre_quantized and type(model).__name__ in (model.config.architectures or []):
-        missing += [name for name, value in model.named_parameters() if not _arrived(name, value, offloaded)]
+        rest = [name for name, value in model.named_parameters() if not _arrived(name, value, offloaded)]
+        missing += [name for name in rest if name not in missing]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise FormatError(

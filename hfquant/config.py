@@ -32,13 +32,14 @@ from .transforms import TRANSFORMS
 QUANT_METHOD = "hfquant"
 FORMAT_VERSION = 1
 _REQUEST = ("method", "options", "modules_to_not_convert", "embeddings", "calibration")
-_RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "schemes", "source_dtype")
+_RESULT = ("plugins", "skipped", "outlier_columns", "rotated", "schemes", "attention", "source_dtype")
 _ADDED: dict[str, Any] = {
     "calibration": {"data": None},
     "rotated": [],
     "schemes": {},
+    "attention": {},
 }  # earlier checkpoints do not record these
-RECORDED = ("outlier_columns", "rotated", "schemes")  # of single weights
+RECORDED = ("outlier_columns", "rotated", "schemes", "attention")  # of single modules
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508; in particular no pip option
 
 
@@ -90,6 +91,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.outlier_columns: dict[str, int] = {}
         self.rotated: list[str] = []
         self.schemes: dict[str, dict[str, Any]] = {}
+        self.attention: dict[str, dict[str, Any]] = {}
         self.source_dtype: str | None = None
 
     @classmethod
@@ -275,8 +277,7 @@ def _grids(recipe: Recipe) -> Iterator[str]:
     while isinstance(spec, TensorSpec):
         yield spec.grid
         spec = spec.scale
-    if recipe.scheme.input is not None:
-        yield recipe.scheme.input.tensor.grid
+    yield from (given.tensor.grid for given in (recipe.scheme.input, recipe.attention) if given is not None)
 
 
 def _require_plugins(needed: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
+from . import attention
 from .backend import load_all
 from .calibrate import Calibration
 from .checkpoint import (
@@ -41,7 +42,7 @@ from .pages import release_mapped
 from .parallel import plan_packed, to_local_specs
 from .quantize import check_recipe, works_on_blocks
 from .stats import Stats
-from .swap import packed_modules, quantize_into, swap_in, swap_out
+from .swap import packed_modules, quantize_into, swap_in, swap_in_operands, swap_out
 
 logger = logging.get_logger(__name__)
 
@@ -147,6 +148,7 @@ class HfQuantHfQuantizer(HfQuantizer):
             self._prepare_data(model.config)
             return
         swap_in(model, targets, config.recipe, config, wait=not self.pre_quantized)
+        swap_in_operands(model, config.attention, held=held)
         check_expected(model, held)
 
     def _prepare_data(self, config: Any) -> None:
@@ -229,6 +231,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         for _, module in packed_modules(model):
             for name in module.packed_names():
                 module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        attention.freeze(model)
         # PEFT's `prepare_model_for_kbit_training` looks for a mark. Those of bitsandbytes (`is_loaded_in_4bit`) have
         # side effects: AdaLora and `num_parameters` ask for that library, IA3 does not merge, scales become float32.
         model.hqq_quantized = True
@@ -242,6 +245,7 @@ class HfQuantHfQuantizer(HfQuantizer):
         loaded = model.dtype
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or loaded
         swap_out(model, wanted)
+        attention.leave(model)
         from_native(model)
         for parameter in model.parameters():
             if parameter.dtype == loaded != wanted:  # what is kept in another dtype on purpose stays

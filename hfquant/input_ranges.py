@@ -36,7 +36,9 @@ class SeenInput:
     `name`: of the first of them. `hist`: of all values, None where ranges are found at run time. `sample` [S, K]
     float32: some of the tokens. `absmax`: the largest magnitude of all. `weights`, `quantized`: the layers' weights
     [N, K], and what they are quantized to so far. `grid_is_given`: no other grid may be chosen, because experts that
-    are stored together have one.
+    are stored together have one. For an operand of attention's products the "weights" are the other operand, and all
+    three have the heads first: [H, S, K] and [H, N, K]. `importance` [..., S, N]: how much the errors of the outputs
+    count, None for all alike.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SeenInput:
     weights: tuple[Tensor, ...] = ()
     quantized: tuple[Tensor, ...] = ()
     grid_is_given: bool = False
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)

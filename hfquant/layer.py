@@ -150,7 +150,10 @@ def find_inputs(
     if stats.histogram is not None:
         peak = max(peak, stats.histogram.absmax)
     experts = group.matrices[0].expert is not None
-    seen = SeenInput(group.name, stats.histogram, stats.sample, peak, tuple(weights), tuple(quantized), experts)
+    seen = SeenInput(
+        *(group.name, stats.histogram, stats.sample, peak, tuple(weights), tuple(quantized), experts),
+        stats.importance(matrix.name for matrix in group.targets),
+    )
     return find(seen, given, **step.options)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .attention import Operands
 from .checkpoint import save_native
 from .experts import refuse_packed_targets
 from .swap import packed_modules
@@ -25,7 +26,8 @@ class NativeModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Dtype of the floating parameters, packed ones aside: scales may have another one."""
         packed = [module for _, module in packed_modules(self)]
-        own = {id(p) for module in packed for p in module.parameters(recurse=False) if not p.requires_grad}
+        scaled = [*packed, *(module for module in self.modules() if isinstance(module, Operands))]
+        own = {id(p) for module in scaled for p in module.parameters(recurse=False) if not p.requires_grad}
         floating = (p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
         return next(floating, packed[0].dtype)
 

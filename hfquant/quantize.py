@@ -21,7 +21,7 @@ from .qtensor import InputParams, QTensor
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .rounders import ROUNDERS
-from .spec import PackedSpec, TensorSpec
+from .spec import InputSpec, PackedSpec, TensorSpec
 from .stats import HISTOGRAM, Stats, needs_of
 from .tables import Table
 from .transforms import TRANSFORMS, Transform
@@ -40,6 +40,10 @@ def check_recipe(recipe: Recipe) -> Recipe:
     _check_step(INPUT_RANGES, recipe.input_range)
     if recipe.scheme.input is not None and not recipe.scheme.input.dynamic:
         try_out(recipe.input_range.name, recipe.scheme.input, recipe.input_range.options)
+    if recipe.attention is not None:
+        check_operands(recipe.attention)
+        if not recipe.attention.dynamic:
+            try_out(recipe.input_range.name, recipe.attention, recipe.input_range.options)
     _check_step(RANGES, recipe.range)
     _check_step(ROUNDERS, recipe.rounder)
     _check_step(COLUMNS, recipe.columns)
@@ -48,6 +52,13 @@ def check_recipe(recipe: Recipe) -> Recipe:
     if reason := LAYOUTS.get(layout_of(recipe)).why_not(spec):
         raise SpecError(f"layout {layout_of(recipe)!r} cannot store {spec.grid}: {reason}")
     return recipe
+
+
+def check_operands(spec: InputSpec) -> InputSpec:
+    """The same. Raises SpecError for numbers that the operands of attention's products cannot have."""
+    if spec.tensor.zero or spec.split is not None or not spec.tensor.numbers().signed:
+        raise SpecError("operands of attention have a signed grid, without zero points or columns in floating point")
+    return spec
 
 
 def _check_scale(spec: TensorSpec) -> None:
@@ -76,8 +87,8 @@ def needs(recipe: Recipe) -> frozenset[str]:
     """The calibration statistics that a recipe's stages read; none for a recipe that works on weights alone."""
     steps = ((RANGES, recipe.range), (ROUNDERS, recipe.rounder), (COLUMNS, recipe.columns))
     found = frozenset().union(*(needs_of(table.get(step.name), step.options) for table, step in steps))
-    given = recipe.scheme.input
-    return found | {HISTOGRAM} if given is not None and not given.dynamic else found
+    static = any(given is not None and not given.dynamic for given in (recipe.scheme.input, recipe.attention))
+    return found | {HISTOGRAM} if static else found
 
 
 def needs_data(recipe: Recipe) -> bool:
@@ -87,7 +98,7 @@ def needs_data(recipe: Recipe) -> bool:
 
 def works_on_blocks(recipe: Recipe) -> bool:
     """Whether a recipe has to see the model run, block by block, instead of one weight at a time."""
-    return bool(recipe.transforms or needs(recipe))
+    return bool(recipe.transforms or recipe.attention or needs(recipe))
 
 
 def for_table(recipe: Recipe) -> Recipe:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .spec import Scheme
+from .spec import InputSpec, Scheme
 from .tables import Table
 
 
@@ -34,7 +34,8 @@ class Recipe:
 
     `scheme`: the numbers. `range`: grid parameters of each block. `rounder`: the codes. `columns`: input columns kept
     in 16 bit. `layout`: stored form, None for the densest one of the core. `transforms`: rewrites of the model that
-    leave its function as it is, in order. `input_range`: how static ranges of inputs are found.
+    leave its function as it is, in order. `input_range`: how static ranges of inputs are found. `attention`: how the
+    operands of attention's products are quantized, None to leave them alone.
     """
 
     scheme: Scheme
@@ -44,6 +45,7 @@ class Recipe:
     layout: str | None = None
     transforms: tuple[Step, ...] = ()
     input_range: Step = Step("absmax")
+    attention: InputSpec | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -55,6 +57,7 @@ class Recipe:
             "layout": self.layout,
             "transforms": [step.to_dict() for step in self.transforms],
             "input_range": self.input_range.to_dict(),
+            "attention": self.attention.to_dict() if self.attention else None,
         }
 
     @classmethod
@@ -63,7 +66,9 @@ class Recipe:
         steps = {axis: Step.from_dict(data[axis]) for axis in ("range", "rounder", "columns")}
         steps["input_range"] = Step.from_dict(data.get("input_range", {"name": "absmax"}))
         transforms = tuple(Step.from_dict(step) for step in data.get("transforms", ()))
-        return cls(Scheme.from_dict(data["scheme"]), layout=data["layout"], transforms=transforms, **steps)
+        attention = InputSpec.from_dict(data["attention"]) if data.get("attention") else None
+        scheme = Scheme.from_dict(data["scheme"])
+        return cls(scheme, layout=data["layout"], transforms=transforms, attention=attention, **steps)
 
 
 Preset = Callable[..., Recipe]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from .errors import CalibrationError
 from .histogram import Histogram
 
-CHANNELS, HISTOGRAM, HESSIAN, DRIFT = "channels", "histogram", "hessian", "drift"
-NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT)
+CHANNELS, HISTOGRAM, HESSIAN, DRIFT, FISHER = "channels", "histogram", "hessian", "drift", "fisher"
+NEEDS = (CHANNELS, HISTOGRAM, HESSIAN, DRIFT, FISHER)
 
 _ROWS, _VALUES = 1 << 12, 1 << 21  # tokens, and values of them, worked on at once
 _COLUMNS = 1 << 8  # columns of a Gram matrix worked on at once: only blocks on and above its diagonal are computed
@@ -47,7 +47,9 @@ class InputStats:
     sum of x x^T, half of the usual Hessian of a layer's squared output error, times the tokens. `drift` [K, K] float64:
     sum of (x' - x) x^T with x' the input that the original model sees in the same place. `histogram`: of all values.
     `sample` [S, K] float32: some of the tokens, to look at errors with. `memo`: results that stages derive from all
-    this, for the other layers that read the same input.
+    this, for the other layers that read the same input. `weights` [S] float32: how much the tokens of the sample count;
+    `outputs`: by matrix, how much its outputs [N] count. Both are empty unless errors are weighed by their effect on
+    the model's answer, and then `gram` and `drift` are weighed sums.
 
     Sums are float64 so that the order of batches, and how they were shared out among processes, leaves no trace in the
     codes that follow from them.
@@ -63,20 +65,25 @@ class InputStats:
         self.drift = torch.zeros(features, features, dtype=torch.float64) if DRIFT in needs else None
         self.histogram = Histogram(name) if HISTOGRAM in needs else None
         self.sample = torch.zeros(0, features)
+        self.weights = torch.zeros(0)
+        self.outputs: dict[str, Tensor] = {}
         self.memo: dict[Any, Any] = {}
         self.last = False
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Count the tokens `x` [T, K]; `original` [T, K] is what the original model sees there, for `drift`.
+
+        `weights` [T]: how much each of them counts in sums of squares, all alike if None.
 
         Raises CalibrationError for NaN or infinite values, naming the layer.
         """
         step = min(_ROWS, max(1, _VALUES // self.features))
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
-            self._add(x[rows].float(), None if original is None else original[rows].float())
+            given = (None if more is None else more[rows].float() for more in (original, weights))
+            self._add(x[rows].float(), *given)
 
-    def _add(self, x: Tensor, original: Tensor | None) -> None:
+    def _add(self, x: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
         magnitude = x.abs()
         peak = magnitude.amax(0)
         if not torch.isfinite(peak).all():
@@ -87,19 +94,24 @@ class InputStats:
             )
         self.memo.clear()
         if (room := SAMPLE - self.sample.shape[0]) > 0:
-            chosen = x[:: max(1, x.shape[0] // _SAMPLE_EACH)][: min(room, _SAMPLE_EACH)]
-            self.sample = torch.cat([self.sample, chosen.to(self.sample.device)])
+            every, count = max(1, x.shape[0] // _SAMPLE_EACH), min(room, _SAMPLE_EACH)
+            self.sample = torch.cat([self.sample, x[::every][:count].to(self.sample.device)])
+            if weights is not None:
+                self.weights = torch.cat([self.weights, weights[::every][:count].to(self.weights.device)])
         self.tokens += x.shape[0]
         self.absmax = torch.maximum(self.absmax, peak.to(self.absmax.device))
         self.abs_sum += magnitude.sum(0, dtype=torch.float64).to(self.abs_sum.device)
         self.square_sum += magnitude.square_().sum(0, dtype=torch.float64).to(self.square_sum.device)
         if self.histogram is not None:
             self.histogram.add(x)
+        root = None if weights is None else weights.to(x.device).sqrt()[:, None]
+        weighed = x if root is None else x * root
         if self.gram is not None:
-            _add_gram(self.gram, x)
+            _add_gram(self.gram, weighed)
         if self.drift is not None:
             assert original is not None
-            self.drift += ((original - x).T @ x).to(self.drift.device)
+            moved = original - x
+            self.drift += ((moved if root is None else moved * root).T @ weighed).to(self.drift.device)
 
     def merge(self, other: InputStats) -> None:
         """Count the tokens of `other` too, as if they had been added here."""
@@ -110,6 +122,7 @@ class InputStats:
             if mine is not None:
                 mine += more
         self.sample = torch.cat([self.sample, other.sample])[:SAMPLE]
+        self.weights = torch.cat([self.weights, other.weights])[:SAMPLE]
         self.memo.clear()
         if self.histogram is not None and other.histogram is not None:
             self.histogram.merge(other.histogram)
@@ -129,13 +142,19 @@ class InputStats:
         """The statistics of some input columns [k] int64, as if the layer had no others."""
         part = InputStats(columns.numel(), frozenset(), self.name)
         part.needs, part.tokens = self.needs, self.tokens
-        part.sample = self.sample[:, columns]
+        part.sample, part.weights, part.outputs = self.sample[:, columns], self.weights, self.outputs
         for name in ("absmax", "abs_sum", "square_sum"):
             setattr(part, name, getattr(self, name)[columns])
         for name in ("gram", "drift"):
             matrix = getattr(self, name)
             setattr(part, name, None if matrix is None else matrix[columns][:, columns])
         return part
+
+    def importance(self, names: Iterable[str]) -> Tensor | None:
+        """How much errors at the outputs of some matrices count [S, N] for the sample, None where all count alike."""
+        if not len(self.weights):
+            return None
+        return self.weights[:, None] * torch.cat([self.outputs[name] for name in names])
 
     @property
     def absmean(self) -> Tensor:

@@ -29,7 +29,7 @@ from .journal import Journal
 from .pages import return_what_is_freed
 from .report import sizes, versions
 from .source import load_model
-from .swap import packed_modules, swap_in
+from .swap import packed_modules, swap_in, swap_in_operands
 from .weights import Weights, local_files, skeleton
 
 logger = logging.get_logger(__name__)
@@ -68,6 +68,7 @@ class Shards:
             _restore(getattr(self.config, key, None), record.get(key))
         mine = [target for target in self.targets if self._belongs(f"{target.name}.weight", name)]
         swap_in(self.model, mine, self.config.recipe, self.config)
+        swap_in_operands(self.model, self.config.attention, f"{name}.")
         if name != OUTSIDE:
             _fill(self.model, self.folder / record["shard"])
         return BlockFinding.from_dict(record["finding"])

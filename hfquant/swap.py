@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .attention import CHILD, Operands, use
 from .config import HfQuantConfig
 from .coverage import Target, aliases
+from .errors import FormatError
 from .experts import QExperts, expert_projections, to_packed_experts
 from .nn import PackedModule, QEmbedding, QLinear, adopt
 from .quantize import choose_columns, for_table, pack, pack_empty, quantize_linear
@@ -48,6 +50,29 @@ def swap_in(
         else:
             made = for_table(recipe) if target.kind == "embedding" else recipe
             _swap_matrix(model, target, module, _facts(model, target.name, made, config), wait)
+
+
+def swap_in_operands(model: nn.Module, records: Any, inside: str = "", held: Iterable[str] = ()) -> None:
+    """Give attention modules what is recorded of their operands, with empty scales; only those in module `inside`.
+
+    `held`: modules that a checkpoint has tensors for. Raises FormatError for a record that fits no module and for
+    operands without a record, UnsupportedError for a model whose attention is its own.
+    """
+    if not isinstance(records, dict):
+        raise FormatError(f"config.json: 'attention' of quantization_config is a mapping, got {records!r}")
+    known = {f"{alias}.{CHILD}" for name in records for alias in aliases(model, name)}
+    if lost := sorted(name for name in held if f".{name}".endswith(f".{CHILD}") and name not in known):
+        raise FormatError(
+            f"the files hold {lost[0]}.scale, which config.json does not account for: the files do not belong together"
+        )
+    named = {alias: module for name, module in model.named_modules() for alias in aliases(model, name)}
+    mine = {name: record for name, record in records.items() if f"{name}.".startswith(inside)}
+    for name, record in mine.items():
+        if name not in named:
+            raise FormatError(f"config.json: {type(model).__name__} has no module {name!r} with quantized attention")
+        named[name].add_module(CHILD, Operands.parse(record))
+    if records:
+        use(model)
 
 
 @dataclass(frozen=True)

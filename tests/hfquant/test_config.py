@@ -181,10 +181,11 @@ UNNAMED = (
     "calibration",
     "rotated",
     "schemes",
-)  # the last three are younger than the format
+    "attention",
+)  # the last four are younger than the format
 
 
-@pytest.mark.parametrize("name", ["calibration", "rotated", "schemes"])
+@pytest.mark.parametrize("name", ["calibration", "rotated", "schemes", "attention"])
 def test_checkpoint_from_before_a_field_still_loads(name: str) -> None:
     data = stored()
     del data[name]

@@ -1,4 +1,4 @@
-"""Function-preserving outlier channels for Llama models.
+"""Function-preserving outlier channels for Llama models and vision transformers.
 
 Large language models have a few hidden channels that are far larger than the rest, which small models lack.
 Here the gain of some channels of a norm is multiplied by a factor and the columns of the weights that read
@@ -17,12 +17,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTForImageClassification
+
+Pairs = list[tuple[nn.Module, Sequence[nn.Linear]]]
+Model = LlamaForCausalLM | ViTForImageClassification
 
 
-def norm_consumers(model: LlamaForCausalLM, final_norm: bool = False) -> list[tuple[nn.Module, Sequence[nn.Linear]]]:
+def norm_consumers(model: Model, final_norm: bool = False) -> Pairs:
     """Return every norm with the linear layers that read its output; the last norm only if ``final_norm``."""
-    pairs: list[tuple[nn.Module, Sequence[nn.Linear]]] = []
+    pairs: Pairs = []
+    if isinstance(model, ViTForImageClassification):
+        for block in model.vit.layers:
+            attention = block.attention
+            pairs.append((block.layernorm_before, (attention.q_proj, attention.k_proj, attention.v_proj)))
+            pairs.append((block.layernorm_after, (block.mlp.fc1,)))
+        if final_norm:
+            pairs.append((model.vit.layernorm, (model.classifier,)))
+        return pairs
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         pairs.append((layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)))
@@ -36,17 +47,14 @@ def norm_consumers(model: LlamaForCausalLM, final_norm: bool = False) -> list[tu
 
 @torch.no_grad()
 def scale_channels(norm: nn.Module, consumers: Sequence[nn.Linear], factors: Tensor) -> None:
-    """Multiply the gain of ``norm`` by per-channel ``factors`` and divide the consumers' columns by them."""
-    gain = norm.weight
-    assert isinstance(gain, Tensor)
-    gain.mul_(factors.to(gain))
+    """Multiply gain and bias of ``norm`` by per-channel ``factors`` and divide the consumers' columns by them."""
+    for made in norm.parameters(recurse=False):
+        made.mul_(factors.to(made))
     for consumer in consumers:
         consumer.weight.div_(factors.to(consumer.weight))
 
 
-def inject(
-    model: LlamaForCausalLM, factor: float = 64.0, channels: int = 4, seed: int = 0, final_norm: bool = False
-) -> LlamaForCausalLM:
+def inject(model: Model, factor: float = 64.0, channels: int = 4, seed: int = 0, final_norm: bool = False) -> Model:
     """Make ``channels`` hidden channels ``factor`` times larger after every norm; in place.
 
     The channels are the same in every layer, as they are in real models. ``seed`` chooses them.
@@ -60,7 +68,7 @@ def inject(
     return model
 
 
-def spread(model: LlamaForCausalLM, octaves: int = 3, seed: int = 0, final_norm: bool = False) -> LlamaForCausalLM:
+def spread(model: Model, octaves: int = 3, seed: int = 0, final_norm: bool = False) -> Model:
     """Scale every channel after every norm by ``2**n``, ``n`` uniform in ``-octaves..octaves``; in place.
 
     Every norm draws its own exponents, from ``seed``.

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTForImageClassification
 
-from . import MODEL_DIR
+from . import MODEL_DIR, VIT_DIR
 from .outliers import inject, norm_consumers, spread
 
 Transform = Callable[[LlamaForCausalLM], LlamaForCausalLM]
@@ -107,3 +107,15 @@ def test_a_tied_head_is_refused(model: LlamaForCausalLM) -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match="tied"):
         inject(model, final_norm=True)
+
+
+@torch.inference_mode()
+def test_spreading_a_vision_transformer_keeps_float32_logits_bitwise() -> None:
+    model = ViTForImageClassification.from_pretrained(VIT_DIR, dtype=torch.float32).eval()
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before, norm = model(pixels).logits, model.vit.layers[0].layernorm_before
+    entering = torch.randn(2, 128, generator=torch.Generator().manual_seed(1))
+    small = norm(entering)
+    spread(model, final_norm=True)
+    assert torch.equal(model(pixels).logits, before)
+    assert set((norm(entering) / small).log2().unique().tolist()) == {float(n) for n in range(-3, 4)}

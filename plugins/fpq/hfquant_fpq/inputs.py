@@ -43,13 +43,17 @@ vars(fpq)["rounds"] = lambda options: 1 if searches_nothing(options) else option
 
 def find(seen: SeenInput, given: InputSpec, space: Space) -> tuple[InputChoice, float]:
     """The best choice and its error: the mean over tokens of the squared change of all outputs."""
-    exact, quantized = torch.cat(seen.weights).float(), torch.cat(seen.quantized).float()
+    exact, quantized = (torch.cat(given, -2).float() for given in (seen.weights, seen.quantized))
     x = seen.sample.to(exact.device)
-    already = x @ (quantized - exact).T
+    heads = x.shape[0] if x.dim() == 3 else 1
+    already = x @ (quantized - exact).mT
 
     def loss_of(choice: InputChoice) -> float:
-        error = torch.addmm(already, as_seen(x, choice) - x, quantized.T).square().sum()
-        return float(error) / max(len(x), 1)
+        change = as_seen(x, choice) - x
+        stacked = (tensor.reshape(heads, *tensor.shape[-2:]) for tensor in (already, change, quantized))
+        squares = errors(*stacked).square()
+        counted = squares if seen.importance is None else squares * seen.importance.to(squares)
+        return float(counted.sum()) / max(x[..., 0].numel(), 1)
 
     return min((_best(seen, given, name, space, loss_of) for name in space.names), key=lambda found: found[1])
 
@@ -81,6 +85,13 @@ def _best(
     return tried[best()]
 
 
+def errors(already: Tensor, change: Tensor, weights: Tensor) -> Tensor:
+    """Errors of outputs [H, S, N]: those there are `already`, and what a change [H, S, K] of the inputs adds."""
+    return torch.baddbmm(already, change, weights.mT)
+
+
 def as_seen(x: Tensor, choice: InputChoice) -> Tensor:
-    """The input `x` [T, K] float32 as a layer sees it."""
-    return round_trip(x, choice.tensor) if choice.params is None else static_round_trip(x, choice.tensor, choice.params)
+    """The input `x` [..., T, K] float32 as a layer sees it."""
+    if choice.params is None:
+        return round_trip(x.reshape(-1, x.shape[-1]), choice.tensor).reshape(x.shape)
+    return static_round_trip(x, choice.tensor, choice.params)

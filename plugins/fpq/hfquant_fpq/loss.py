@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 from hfquant.stats import InputStats
@@ -17,11 +19,15 @@ class OutputError:
         E |z D^T - (x - z) W^T|^2 = tr(D G D^T) - 2 tr(D P^T) + constant,  G = E z z^T,  P = W E (x - z) z^T,
 
     and the constant is left out. G and P say all about the data, however many tokens there are. `sample`: some z, for
-    looking at many candidates in less time.
+    looking at many candidates in less time. Where tokens and outputs are weighed, so are the means and the rows.
     """
 
-    def __init__(self, w: Tensor, inputs: InputStats | None) -> None:
-        """`inputs` has the Gram matrix of z, and the drift from z to x if they differ; None weighs all alike."""
+    def __init__(self, w: Tensor, inputs: InputStats | None, name: str = "") -> None:
+        """`inputs` has the Gram matrix of z, and the drift from z to x if they differ; None weighs all alike.
+
+        `name`: of W, for the weights of its outputs.
+        """
+        self.counts: Tensor | None = None
         self.gram: Tensor | None = None
         self.pull: Tensor | None = None
         self.sample: Tensor | None = None
@@ -32,10 +38,14 @@ class OutputError:
             self.pull = w.float() @ (inputs.drift / inputs.tokens).float().to(w.device)
         if w.shape[1] > _SMALL and len(inputs.sample):
             self.sample = inputs.sample.to(w.device)
+            if len(inputs.weights):
+                self.sample = self.sample * inputs.weights.sqrt().to(w.device)[:, None]
+        if name in inputs.outputs:
+            self.counts = inputs.outputs[name].to(w.device)
 
     def part(self, columns: slice) -> OutputError:
         """The same for some columns, as if the others kept their values."""
-        made = OutputError.__new__(OutputError)
+        made = copy.copy(self)
         made.gram = None if self.gram is None else self.gram[columns, columns]
         made.pull = None if self.pull is None else self.pull[:, columns]
         made.sample = None if self.sample is None else self.sample[:, columns]
@@ -43,9 +53,9 @@ class OutputError:
 
     def rows(self, rows: slice) -> OutputError:
         """The same for some rows."""
-        made = OutputError.__new__(OutputError)
-        made.gram, made.sample = self.gram, self.sample
+        made = copy.copy(self)
         made.pull = None if self.pull is None else self.pull[rows]
+        made.counts = None if self.counts is None else self.counts[rows]
         return made
 
     def exact(self, d: Tensor) -> Tensor:
@@ -60,4 +70,5 @@ class OutputError:
         return self._pulled((d @ self.sample.T).square().sum(1) / len(self.sample), d)
 
     def _pulled(self, quadratic: Tensor, d: Tensor) -> Tensor:
-        return quadratic if self.pull is None else quadratic - 2 * (self.pull * d).sum(1)
+        error = quadratic if self.pull is None else quadratic - 2 * (self.pull * d).sum(1)
+        return error if self.counts is None else error * self.counts

@@ -94,4 +94,5 @@ def _shifted(view: BlockView, group: Group, factor: Tensor) -> SeenInput:
     rounded = tuple(to_nearest(w, absmax(w, spec, Stats())).dequantize() for w in weights)
     stats = group.stats
     peak = float((stats.absmax * factor.to(stats.absmax)).max())
-    return SeenInput(group.name, None, stats.sample * factor.to(stats.sample), peak, weights, rounded)
+    sample, counts = stats.sample * factor.to(stats.sample), stats.importance(m.name for m in group.targets)
+    return SeenInput(group.name, None, sample, peak, weights, rounded, importance=counts)

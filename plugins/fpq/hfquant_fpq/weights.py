@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hfquant.errors import SpecError
 from hfquant.ranges import Params, params_from_bounds
 from hfquant.scales import as_stored, round_to, scale_from_bounds
 from hfquant.spec import TensorSpec
-from hfquant.stats import HESSIAN, Stats
+from hfquant.stats import FISHER, HESSIAN, Stats
 
 from .loss import OutputError
 from .space import Space, searches_nothing
 
+LOSSES = ("output", "fisher")
 _CACHED = 1 << 18  # weights whose candidates are tried while they stay in cache
 
 
@@ -27,6 +30,7 @@ def fpq(
     lowest: float = -3.0,
     highest: float = 0.5,
     steps: int = 32,
+    loss: str = "output",
 ) -> Params:
     """The format of `w` [N, K], and the largest value of each block, with the smallest error of the layer's output.
 
@@ -35,23 +39,32 @@ def fpq(
     them. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. Errors are exact sums over all
     calibration tokens; for more than 1024 input channels candidates are compared on the sample that is kept of the
     tokens, and the best of each format exactly with no clipping. Without tokens, all weights count alike.
-    Source: Liu et al. 2023, "LLM-FP4", algorithm 1 and equation 12.
+    `loss` "fisher": outputs and tokens count by their effect on the model's answer (`fisher.importance`).
+    Source: Liu et al. 2023, "LLM-FP4", algorithm 1 and equations 12 and 24.
     """
+    if loss not in LOSSES:
+        raise SpecError(f"loss is one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     space = Space.of(spec.grid, stats.grid_is_given, names, search, lowest, highest, steps)
     if stats.inputs is not None and stats.inputs.tokens == 0:
         stats.note("no calibration token reached this layer: its ranges weigh all input channels alike")
-    error = OutputError(w, stats.inputs)
+    error = OutputError(w, stats.inputs, stats.name)
     best: tuple[float, TensorSpec, Tensor] | None = None
     for name in space.names:
         chosen = replace(spec, grid=name)
-        high, loss = bounds(w, chosen, error, space)
-        if best is None or loss < best[0]:
-            best = loss, chosen, high
+        high, total = bounds(w, chosen, error, space)
+        if best is None or total < best[0]:
+            best = total, chosen, high
     assert best is not None
     return params_from_bounds(w, -best[2], best[2], best[1])
 
 
-vars(fpq)["needs"] = lambda options: frozenset() if searches_nothing(options) else frozenset({HESSIAN})
+def _needs(options: dict[str, Any]) -> frozenset[str]:
+    if searches_nothing(options):
+        return frozenset()
+    return frozenset({HESSIAN, FISHER} if options.get("loss") == "fisher" else {HESSIAN})
+
+
+vars(fpq)["needs"] = _needs
 vars(fpq)["works_without_data"] = True
 
 
