@@ -46,10 +46,10 @@ class InputStats:
     `tokens`: how many. `absmax` [K] float32: largest |x|. `abs_sum`, `square_sum` [K] float64. `gram` [K, K] float64:
     sum of x x^T, half of the usual Hessian of a layer's squared output error, times the tokens. `drift` [K, K] float64:
     sum of (x' - x) x^T with x' the input that the original model sees in the same place. `histogram`: of all values.
-    `sample` [S, K] float32: some of the tokens, to look at errors with. `memo`: results that stages derive from all
-    this, for the other layers that read the same input. `weights` [S] float32: how much the tokens of the sample count;
-    `outputs`: by matrix, how much its outputs [N] count. Both are empty unless errors are weighed by their effect on
-    the model's answer, and then `gram` and `drift` are weighed sums.
+    `sample` [S, K] float32: some of the tokens, to look at errors with; `places` [S] int64: the batches they are of.
+    `memo`: results that stages derive from all this, for the other layers that read the same input. `weights` [S]
+    float32: how much the tokens of the sample count; `outputs`: by matrix, how much its outputs [N] count. Both are
+    empty unless errors are weighed by their effect on the model's answer, and then `gram` and `drift` are weighed sums.
 
     Sums are float64 so that the order of batches, and how they were shared out among processes, leaves no trace in the
     codes that follow from them.
@@ -61,29 +61,31 @@ class InputStats:
         self.absmax = torch.zeros(features)
         self.abs_sum = torch.zeros(features, dtype=torch.float64)
         self.square_sum = torch.zeros(features, dtype=torch.float64)
-        self.gram = torch.zeros(features, features, dtype=torch.float64) if HESSIAN in needs else None
+        self._gram = torch.zeros(features, features, dtype=torch.float64) if HESSIAN in needs else None
+        self._mirrored = True
         self.drift = torch.zeros(features, features, dtype=torch.float64) if DRIFT in needs else None
         self.histogram = Histogram(name) if HISTOGRAM in needs else None
         self.sample = torch.zeros(0, features)
+        self.places = torch.zeros(0, dtype=torch.int64)
         self.weights = torch.zeros(0)
         self.outputs: dict[str, Tensor] = {}
         self.memo: dict[Any, Any] = {}
         self.last = False
 
-    def add(self, x: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def add(self, x: Tensor, original: Tensor | None = None, weights: Tensor | None = None, place: int = 0) -> None:
         """Count the tokens `x` [T, K]; `original` [T, K] is what the original model sees there, for `drift`.
 
-        `weights` [T]: how much each of them counts in sums of squares, all alike if None.
+        `weights` [T]: how much each of them counts in sums of squares, all alike if None. `place`: number of the batch.
 
         Raises CalibrationError for NaN or infinite values, naming the layer.
         """
         step = min(_ROWS, max(1, _VALUES // self.features))
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
-            given = (None if more is None else more[rows].float() for more in (original, weights))
-            self._add(x[rows].float(), *given)
+            moved, counts = (None if more is None else more[rows].float() for more in (original, weights))
+            self._add(x[rows].float(), moved, counts, place)
 
-    def _add(self, x: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
+    def _add(self, x: Tensor, original: Tensor | None, weights: Tensor | None, place: int) -> None:
         magnitude = x.abs()
         peak = magnitude.amax(0)
         if not torch.isfinite(peak).all():
@@ -95,7 +97,9 @@ class InputStats:
         self.memo.clear()
         if (room := SAMPLE - self.sample.shape[0]) > 0:
             every, count = max(1, x.shape[0] // _SAMPLE_EACH), min(room, _SAMPLE_EACH)
-            self.sample = torch.cat([self.sample, x[::every][:count].to(self.sample.device)])
+            kept = x[::every][:count].to(self.sample.device)
+            self.sample = torch.cat([self.sample, kept])
+            self.places = torch.cat([self.places, torch.full((len(kept),), place)])
             if weights is not None:
                 self.weights = torch.cat([self.weights, weights[::every][:count].to(self.weights.device)])
         self.tokens += x.shape[0]
@@ -106,8 +110,9 @@ class InputStats:
             self.histogram.add(x)
         root = None if weights is None else weights.to(x.device).sqrt()[:, None]
         weighed = x if root is None else x * root
-        if self.gram is not None:
-            _add_gram(self.gram, weighed)
+        if self._gram is not None:
+            _add_gram(self._gram, weighed)
+            self._mirrored = False
         if self.drift is not None:
             assert original is not None
             moved = original - x
@@ -117,25 +122,36 @@ class InputStats:
         """Count the tokens of `other` too, as if they had been added here."""
         self.tokens += other.tokens
         self.absmax = torch.maximum(self.absmax, other.absmax)
-        for name in ("abs_sum", "square_sum", "gram", "drift"):
+        self._mirrored = False
+        for name in ("abs_sum", "square_sum", "_gram", "drift"):
             mine, more = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += more
         self.sample = torch.cat([self.sample, other.sample])[:SAMPLE]
+        self.places = torch.cat([self.places, other.places])[:SAMPLE]
         self.weights = torch.cat([self.weights, other.weights])[:SAMPLE]
         self.memo.clear()
         if self.histogram is not None and other.histogram is not None:
             self.histogram.merge(other.histogram)
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Sum of x x^T [K, K] float64, or None. Only half of it is added up; the other half is filled in here."""
+        if self._gram is not None and not self._mirrored:
+            _mirror(self._gram)
+            self._mirrored = True
+        return self._gram
 
     def take_gram(self) -> Tensor:
         """The Gram matrix [K, K] float64 to work on in place: itself where nobody reads it later, else a copy.
 
         It may be larger than the whole block of the model that it belongs to.
         """
-        assert self.gram is not None
+        gram = self.gram
+        assert gram is not None
         if not self.last:
-            return self.gram.clone()
-        gram, self.gram = self.gram, None
+            return gram.clone()
+        self._gram = None
         return gram
 
     def select(self, columns: Tensor) -> InputStats:
@@ -145,8 +161,7 @@ class InputStats:
         part.sample, part.weights, part.outputs = self.sample[:, columns], self.weights, self.outputs
         for name in ("absmax", "abs_sum", "square_sum"):
             setattr(part, name, getattr(self, name)[columns])
-        for name in ("gram", "drift"):
-            matrix = getattr(self, name)
+        for name, matrix in (("_gram", self.gram), ("drift", self.drift)):
             setattr(part, name, None if matrix is None else matrix[columns][:, columns])
         return part
 
@@ -173,7 +188,7 @@ class InputStats:
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """Add x^T x [K, K] to `gram` block by block; a block below the diagonal is its mirror image, bit for bit."""
+    """Add x^T x [K, K] to `gram` block by block, on and above the diagonal only."""
     width = x.shape[1]
     for top in range(0, width, _COLUMNS):
         rows = slice(top, top + _COLUMNS)
@@ -184,8 +199,15 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
             if start == top:
                 block = (block + block.T) / 2
             gram[rows, columns] += block
-            if start > top:
-                gram[columns, rows] += block.T
+
+
+def _mirror(gram: Tensor) -> None:
+    """Fill what lies below the diagonal with its mirror image, bit for bit."""
+    for top in range(0, len(gram), _COLUMNS):
+        rows = slice(top, top + _COLUMNS)
+        for start in range(top + _COLUMNS, len(gram), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            gram[columns, rows] = gram[rows, columns].T
 
 
 @dataclass(frozen=True)

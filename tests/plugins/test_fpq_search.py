@@ -171,13 +171,21 @@ def test_the_loss_is_the_error_of_the_outputs_up_to_a_constant(seed: int, quanti
     assert found == pytest.approx(by_definition, rel=1e-3, abs=1e-4 * loss(w, one, z, x))
 
 
-def test_the_sample_stands_for_all_tokens_in_wide_layers() -> None:
-    w, x = normal(4, 1100), correlated(400, 1100)
-    stats = seen(x)
-    stats.inputs.sample = x  # all of them
-    error = OutputError(w, stats.inputs)
-    d = 0.1 * normal(4, 1100, seed=5)
+def test_the_sketch_of_a_wide_layer_is_exact_for_few_directions() -> None:
+    w, x = normal(4, 1100), correlated(40, 1100)  # 40 tokens span less than the sketch keeps
+    error, d = OutputError(w, seen(x).inputs), 0.1 * normal(4, 1100, seed=5)
     torch.testing.assert_close(error.rough(d), error.exact(d), rtol=1e-3, atol=0)
+
+
+def test_the_sketch_has_the_exact_diagonal_and_stands_for_the_rest() -> None:
+    w, x = normal(64, 1100), correlated(3000, 1100)
+    error = OutputError(w, seen(x).inputs)
+    assert error.sketch is not None and error.gram is not None
+    made = error.sketch.leading @ error.sketch.leading.T + torch.diag(error.sketch.rest)
+    torch.testing.assert_close(made.diagonal(), error.gram.diagonal(), rtol=1e-3, atol=0)
+    assert (made - error.gram).norm() < (torch.diag(error.gram.diagonal()) - error.gram).norm()
+    rounding = rounded(w, absmax(w, CHANNEL, Stats())) - w
+    torch.testing.assert_close(error.rough(rounding).sum(), error.exact(rounding).sum(), rtol=0.05, atol=0)
 
 
 # ---- the search
@@ -261,8 +269,17 @@ def test_blocks_of_any_height_are_searched(rows: int) -> None:
     assert loss(w, rounded(w, params), x) <= loss(w, rounded(w, absmax(w, spec, Stats())), x) * (1 + 1e-5)
 
 
-def test_wide_layers_are_compared_exactly_with_no_clipping() -> None:
+@pytest.mark.parametrize(("rows", "group"), [(1, -1), (3, -1), (1, 1200)])
+def test_wide_layers_are_never_worse_than_no_clipping_in_the_usual_format(rows: int, group: int) -> None:
     w, x = normal(8, 1500), correlated(300, 1500)
-    plain = loss(w, rounded(w, absmax(w, CHANNEL, Stats())), x)
-    chosen = loss(w, rounded(w, fpq(w, CHANNEL, seen(x))), x)
-    assert chosen <= plain and math.isfinite(chosen)
+    spec = TensorSpec("e2m1", Blocks(rows, group))
+    plain = loss(w, rounded(w, absmax(w, spec, Stats())), x)
+    chosen = loss(w, rounded(w, fpq(w, spec, seen(x))), x)
+    assert chosen <= plain * (1 + 1e-5) and math.isfinite(chosen)
+
+
+def test_wide_layers_find_nearly_what_an_exact_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = normal(16, 1300), correlated(2000, 1300)
+    sketched = loss(w, rounded(w, fpq(w, CHANNEL, seen(x))), x)
+    monkeypatch.setattr("hfquant_fpq.loss._SMALL", 2000)
+    assert sketched <= 1.02 * loss(w, rounded(w, fpq(w, CHANNEL, seen(x))), x)

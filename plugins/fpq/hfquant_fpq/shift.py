@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfquant import processes
 from hfquant.blockview import BlockView
 from hfquant.errors import SpecError
 from hfquant.folds import Fold, apply_folds, find_folds
@@ -71,7 +72,8 @@ def best_limit(view: BlockView, folds: Sequence[Fold], shifts: Sequence[Tensor])
         losses[most] = _loss(view, folds, [shift.clamp(0, most) for shift in shifts], space)
         if most >= wanted:  # larger limits are none
             break
-    return min(losses, key=lambda most: (losses[most], most))
+    best = min(losses, key=lambda most: (losses[most], most))
+    return int(processes.of_first(best))  # every process rewrites its own copy of the model, and all alike
 
 
 def _loss(view: BlockView, folds: Sequence[Fold], shifts: Sequence[Tensor], space: Space) -> float:
