@@ -91,9 +91,9 @@ class BlockQuantizer:
                 x = group.basis(x)
                 original = originals.get(group.name, x if as_seen else None)  # noqa: B023
                 names = [matrix.name for matrix in group.targets]
-                mask = self.run.masks[number]  # noqa: B023
-                weights = None if fisher is None else fisher.of_tokens(names, number, mask)  # noqa: B023
-                group.stats.add(as_seen(x) if as_seen else x, original, weights)
+                weights = None if fisher is None else fisher.of_tokens(names, number)  # noqa: B023
+                place = number * processes.world() + processes.rank()  # noqa: B023
+                group.stats.add(as_seen(x) if as_seen else x, original, weights, place)
 
             with suppress(Enough), watch(groups, seen, lambda: self.run.masks[number], stop=True):  # noqa: B023
                 self.forward(number, keep=True)

@@ -65,7 +65,7 @@ class Calibration:
             use(model)
         self.store: Store = store or InMemory()
         self.tick = tick or (lambda what, share: None)
-        _check(config.recipe, targets, self.store)
+        _check(config.recipe, targets)
 
     @torch.no_grad()
     def run(self) -> list[BlockFinding]:
@@ -114,7 +114,7 @@ class Calibration:
         self.state.masks = [mask_of(batch) for batch in self.state.batches]
         if FISHER in state.needs:
             weighed = [target.name for target in state.targets.values() if target.kind != "embedding"]
-            state.importance = importance(state.model, state.batches, weighed)
+            state.importance = importance(state.model, state.batches, weighed, state.masks)
         self._transform_outside()  # only now: the original hidden states are the original model's
         if state.recipe.transforms:  # they may have changed the embeddings
             for number, batch in enumerate(state.batches):
@@ -261,10 +261,10 @@ class Calibration:
         return found
 
 
-def _check(recipe: Recipe, targets: Sequence[Target], store: Store) -> None:
+def _check(recipe: Recipe, targets: Sequence[Target]) -> None:
     """Refuse what calibration cannot do."""
     if FISHER in needs(recipe):
-        _check_fisher(recipe, targets, store)
+        _check_fisher(recipe, targets)
     if any(TRANSFORMS.get(step.name).outside for step in recipe.transforms[1:]):
         names = ", ".join(step.name for step in recipe.transforms)
         raise SpecError(f"a transform of the whole model (a rotation) comes first, got {names}")
@@ -274,13 +274,8 @@ def _check(recipe: Recipe, targets: Sequence[Target], store: Store) -> None:
         raise UnsupportedError("16-bit columns of fused experts are not calibrated: leave the columns step out")
 
 
-def _check_fisher(recipe: Recipe, targets: Sequence[Target], store: Store) -> None:
+def _check_fisher(recipe: Recipe, targets: Sequence[Target]) -> None:
     """Refuse what a pass back through the whole model cannot tell."""
-    if not store.keeps:
-        raise UnsupportedError(
-            'loss="fisher" runs the whole model forwards and backwards, and here one block is held at a time: load the '
-            "model with from_pretrained and a quantization_config, and save the result"
-        )
     if processes.world() > 1:
         raise UnsupportedError('loss="fisher" is calibrated in one process: start only one')
     if any(target.kind == "experts" for target in targets):

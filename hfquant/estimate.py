@@ -17,6 +17,7 @@ from .chain import find_chain
 from .config import HfQuantConfig
 from .coverage import Target
 from .data import SELF, kind_of, stand_in
+from .input_ranges import INPUT_RANGES, rounds_of
 from .quantize import needs, needs_data
 from .report import peak_rss_mb
 from .stats import DRIFT, HESSIAN
@@ -76,6 +77,12 @@ class _Run:
     @property
     def needs(self) -> frozenset[str]:
         return needs(self.config.recipe)
+
+    @property
+    def turns(self) -> float:
+        """How often inputs and weights are searched in turns, which mostly ends early; 0 if inputs are exact."""
+        recipe, step = self.config.recipe, self.config.recipe.input_range
+        return 0.0 if recipe.scheme.input is None else (1 + rounds_of(INPUT_RANGES.get(step.name), step.options)) / 2
 
     @property
     def transform_needs(self) -> list[frozenset[str]]:
@@ -236,6 +243,9 @@ def _seconds(run: _Run, speed: Throughput) -> dict[str, float]:
     for block in run.blocks:
         found["forward passes"] += _forward(run, block, speed)
         found["statistics"] += sum(_counting(run, r, speed, run.needs) for r in block.readings)
+        if HESSIAN in run.needs:  # of inputs as the layers see them
+            seen = sum(_counting(run, r, speed, run.needs | {DRIFT}) for r in block.readings)
+            found["statistics"] += run.turns * seen
         for what in run.transform_needs:
             found["statistics"] += sum(_counting(run, r, speed, what) for r in block.readings)
         found["rounding"] += sum(_rounding_seconds(run, reading, speed) for reading in block.readings)
@@ -246,7 +256,8 @@ def _forward(run: _Run, block: BlockWork, speed: Throughput) -> float:
     """The original model's pass over a few batches, the quantized one's, and one up to each group of matrices."""
     again, full = block.gathering() - block.settled(), sum(reading.before for reading in block.readings)
     followed = 1 if DRIFT in run.needs else min(1.0, math.ceil(FOLLOWED / run.samples) / run.number)
-    passes = 1 + followed + (again + (full if DRIFT in run.needs else 0.0)) / max(block.flops, 1)
+    extra = full * (DRIFT in run.needs) + again * run.turns * (HESSIAN in run.needs)
+    passes = 1 + followed + (again + extra) / max(block.flops, 1)
     outputs = sum(sum(reading.rows) * reading.copies for reading in block.readings)
     elementwise = run.tokens * (_FORWARD[0] * run.hidden + _FORWARD[1] * outputs) / speed.elements
     gathering = sum(bool(what) for what in run.transform_needs) * (block.flops / speed.single + elementwise)
@@ -278,8 +289,8 @@ def _rounding_seconds(run: _Run, reading: Reading, speed: Throughput) -> float:
     width = reading.features
     spent = 0.0
     for rows in reading.rows:
-        spent += width * (speed.column + rows * speed.element) + _PACK * rows * width / speed.elements
-        spent += 4 * _SAMPLE * rows * width / speed.single
+        spent += max(run.turns, 1) * width * (speed.column + rows * (speed.element + speed.seen))
+        spent += _PACK * rows * width / speed.elements + 4 * _SAMPLE * rows * width / speed.single
         if HESSIAN in run.needs:
             spent += 2 * rows * width**2 / speed.double  # feedback of each block of columns to all after it
     if HESSIAN in run.needs:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Listener, listening
-from .errors import UnsupportedError
+from .errors import CalibrationError, UnsupportedError
 from .matrices import tokens
 
 _SEQUENCES, _ROWS = 8, 64  # the sample of attention's products: sequences, and rows of queries of each
+_IGNORED = -100  # the label of a position that does not count
 _FLOOR = 0.01  # of the mean: outputs whose gradient happens to vanish still count
 
 Batch = Mapping[str, Any]
@@ -23,27 +24,26 @@ Batch = Mapping[str, Any]
 
 @dataclass(eq=False)
 class Importance:
-    """What is kept of f[t, n] = (dL/dO[t, n])^2 of each layer's output O, for all calibration tokens t.
+    """What is kept of f[t, n] = (dL/dO[t, n])^2 of each layer's output O, for all calibration tokens t but padding.
 
-    `tokens`: by layer, for each batch the sum over outputs, [..., 1]. `outputs`: by layer, the mean over tokens [N].
+    `tokens`: by layer, for each batch the sum over outputs [T]. `outputs`: by layer, the mean over tokens [N].
     Their product over the mean of all is the matrix of rank one that is nearest to f among those with its marginals.
-    `products`: by attention module and product, for each batch the f [b, H, rows, k] of what `queries` keeps.
+    `products`: by attention module and product, for the batches of the sample the f [b, H, rows, k] `queries` keeps.
     """
 
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     products: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
 
-    def of_tokens(self, names: Iterable[str], number: int, mask: Tensor | None) -> Tensor:
+    def of_tokens(self, names: Iterable[str], number: int) -> Tensor:
         """Weights [T], 1 on average over all batches, of the tokens of batch `number` for layers that read one input.
 
-        `mask`: which positions [B, L] are no padding.
+        Tokens are those that are no padding; all count alike where none has an effect.
         """
-        known = [name for name in names if name in self.tokens]
-        found = torch.stack([tokens(self.tokens[name][number], mask, name)[:, 0] for name in known]).sum(0)
-        means = [torch.cat([batch.flatten() for batch in self.tokens[name]]).mean() for name in known]
-        mean = torch.stack(means).sum()
-        return (found / mean.clamp_min(torch.finfo(torch.float32).tiny) + _FLOOR) / (1 + _FLOOR)
+        known = [self.tokens[name] for name in names]
+        found = torch.stack([batches[number] for batches in known]).sum(0)
+        mean = torch.stack([torch.cat(batches).mean() for batches in known]).sum()
+        return (found / mean + _FLOOR) / (1 + _FLOOR) if bool(mean > 0) else torch.ones_like(found)
 
     def of_outputs(self, name: str) -> Tensor:
         """Weights [N] of the outputs of a layer."""
@@ -68,12 +68,16 @@ def queries(x: Tensor, wanted: int) -> Tensor:
     return x[:wanted, :, :: -(-x.shape[2] // _ROWS)]
 
 
-def importance(model: nn.Module, batches: Sequence[Batch], names: Iterable[str]) -> Importance:
+def importance(
+    model: nn.Module, batches: Sequence[Batch], names: Iterable[str], masks: Sequence[Tensor | None]
+) -> Importance:
     """One pass back through the model for each batch, over the layers `names` and attention's products.
 
     L is the model's own loss where batches have labels, and else minus the log-likelihood of labels that are drawn from
-    what the model predicts, which makes f an estimate of the Fisher information. Raises UnsupportedError for a model
-    that predicts no classes. Source: Li et al. 2021, "BRECQ", section 3.1; Liu et al. 2023, "LLM-FP4", appendix A.
+    what the model predicts, which makes f an estimate of the Fisher information. `masks`: which positions [B, L] of
+    each batch are no padding, None for all. Raises UnsupportedError for a model that predicts no classes, and
+    CalibrationError for one that overflows.
+    Source: Li et al. 2021, "BRECQ", section 3.1; Liu et al. 2023, "LLM-FP4", appendix A.
     """
     found = Importance()
     drawn = torch.Generator().manual_seed(0)
@@ -82,32 +86,37 @@ def importance(model: nn.Module, batches: Sequence[Batch], names: Iterable[str])
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        for number, batch in enumerate(batches):
+        for number, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
             listener = _listener(model, found, sequences(number, len(batches)))
-            with torch.enable_grad(), _noted(modules, found), listening(listener):
-                _loss(model(**batch), batch, drawn).backward()
+            with torch.enable_grad(), _noted(modules, found, mask), listening(listener):
+                _loss(model, model(**batch), batch, drawn).backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    for name, parts in found.tokens.items():
-        found.outputs[name] /= sum(part.numel() for part in parts)
+    for name, sums in found.outputs.items():
+        sums /= sum(map(len, found.tokens[name]))
     return found
 
 
 @contextmanager
-def _noted(modules: Mapping[str, nn.Module], found: Importance) -> Iterator[None]:
+def _noted(modules: Mapping[str, nn.Module], found: Importance, mask: Tensor | None) -> Iterator[None]:
+    """Note the gradients of the outputs of `modules`; what has none, because nothing depends on it, has f = 0."""
+    sums: dict[str, Tensor] = {}
+
     def note(name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            squares = gradient.float().square()
-            found.tokens.setdefault(name, []).append(squares.sum(-1, keepdim=True))
-            sums = squares.flatten(0, -2).sum(0)
-            found.outputs[name] = found.outputs.get(name, torch.zeros_like(sums)) + sums
+            squares = tokens(gradient, mask, name).float().square()
+            sums[name] += squares.sum(-1).cpu()
+            found.outputs[name] += squares.sum(0).cpu()
 
         return hook
 
     def watched(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             output = _differentiable(output)
+            count, width = tokens(output.detach(), mask, name).shape
+            sums.setdefault(name, torch.zeros(count))
+            found.outputs.setdefault(name, torch.zeros(width))
             output.register_hook(note(name))
             return output
 
@@ -119,17 +128,23 @@ def _noted(modules: Mapping[str, nn.Module], found: Importance) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
+    for name in modules:
+        found.tokens.setdefault(name, []).append(sums.get(name, torch.zeros(0)))
 
 
 def _listener(model: nn.Module, found: Importance, wanted: int) -> Listener:
     names = {module: name for name, module in model.named_modules()}
 
     def listener(module: nn.Module, product: int, value: Tensor) -> Tensor:
-        def hook(gradient: Tensor) -> None:
-            kept = found.products.setdefault((names[module], product), [])
-            kept.append(queries(gradient, wanted).float().square())
+        if not wanted:
+            return value
+        kept, value = found.products.setdefault((names[module], product), []), _differentiable(value)
+        place = len(kept)
+        kept.append(torch.zeros_like(queries(value, wanted), dtype=torch.float32, requires_grad=False))
 
-        value = _differentiable(value)
+        def hook(gradient: Tensor) -> None:
+            kept[place] = queries(gradient, wanted).float().square()
+
         value.register_hook(hook)
         return value
 
@@ -141,19 +156,43 @@ def _differentiable(value: Tensor) -> Tensor:
     return value + torch.zeros((), dtype=value.dtype, requires_grad=True)
 
 
-def _loss(output: Any, batch: Batch, drawn: torch.Generator) -> Tensor:
+def _loss(model: Any, output: Any, batch: Batch, drawn: torch.Generator) -> Tensor:
     """Summed over samples and positions, so that each has the gradient of its own answer."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[-1] < 2:
+    logits: Any = getattr(output, "logits", None)
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    classes = isinstance(logits, Tensor) and logits.dim() in (2, 3) and logits.shape[-1] > 1 and kind != "regression"
+    if not classes:
         raise UnsupportedError(
             'loss="fisher" weighs errors by their effect on predicted classes or tokens, and this model predicts none: '
             'use loss="output"'
         )
     if getattr(output, "loss", None) is not None:
-        return output.loss * logits.shape[0]
+        return _finite(output.loss) * _answers(model, logits, batch)
     rows = logits.reshape(-1, logits.shape[-1]).float()
     mask = batch.get("attention_mask")
     if mask is not None and logits.dim() == 3 and mask.shape == logits.shape[:2]:
         rows = rows[mask.bool().flatten()]
-    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=drawn)[:, 0]
-    return F.cross_entropy(rows, labels, reduction="sum")
+    if kind == "multi_label_classification":
+        labels = torch.bernoulli(_finite(rows.detach().sigmoid()).cpu(), generator=drawn)
+        return F.binary_cross_entropy_with_logits(rows, labels.to(rows), reduction="sum")
+    chances = _finite(rows.detach().softmax(-1)).cpu()
+    labels = torch.multinomial(chances, 1, generator=drawn)[:, 0]
+    return F.cross_entropy(rows, labels.to(rows.device), reduction="sum")
+
+
+def _answers(model: Any, logits: Tensor, batch: Batch) -> int:
+    """Over how many samples, or positions, a model's own loss is the mean."""
+    labels = batch.get("labels")
+    if labels is None or logits.dim() == 2 or labels.shape != logits.shape[:2]:
+        return logits.shape[0]
+    shifted = labels[:, 1:] if model.can_generate() else labels  # a position's label is the token after it
+    return int((shifted != _IGNORED).sum())
+
+
+def _finite(value: Tensor) -> Tensor:
+    if not bool(torch.isfinite(value).all()):
+        raise CalibrationError(
+            "the model's answer is NaN or infinite for some of the calibration data: the model overflows on it, or a "
+            "batch has no label. Load it in bfloat16 or float32 (dtype=...), or look at the data"
+        )
+    return value

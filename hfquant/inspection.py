@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Operands
 from .config import QUANT_METHOD, HfQuantConfig
 from .coverage import Coverage, survey
 from .errors import FormatError, SpecError
@@ -24,7 +25,7 @@ from .served_formats import Read, exact_as
 from .source import empty_model, load_model, method_of, original_config, read_config, stored_dtype
 from .spec import Scheme, TensorSpec
 from .stored import StoredTensors
-from .swap import packed_modules, swap_in
+from .swap import packed_modules, swap_in, swap_in_operands
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Inspection:
     """A quantized model seen layer by layer; worst first where errors are known.
 
     `calibration`: what it was calibrated on. `blocks`: what was found there, None where no report lies beside the
-    model, and empty for methods that are not calibrated.
+    model, and empty for methods that are not calibrated. `operands`: grids of the operands of attention's products, by
+    module and operand.
     """
 
     method: str
@@ -76,14 +78,19 @@ class Inspection:
     coverage: Coverage
     calibration: dict[str, Any] | None = None
     blocks: tuple[BlockFinding, ...] | None = field(default=None, compare=False)
+    operands: dict[str, str] = field(default_factory=dict)
 
     @property
     def formats(self) -> dict[str, Counts]:
-        """How many layers of each type have which grid: of the "weight", and of the "input" where it is quantized."""
+        """How many layers of each type have which grid: of the "weight", and of the "input" where it is quantized.
+
+        "operand": how many attention modules have which grid for each operand of their products.
+        """
         inputs = [(layer.name, layer.input and layer.input.partition("/")[0]) for layer in self.layers]
         return {
             "weight": count_formats((layer.name, layer.grid) for layer in self.layers),
             "input": count_formats(inputs),
+            "operand": count_formats(self.operands.items()),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,10 +122,12 @@ def inspect_checkpoint(path: str | Path, reference: str | Path | None = None) ->
     model = empty_model(config, stored_dtype(path, config))
     targets, coverage = survey(model, stored.skipped, stored.embeddings)
     swap_in(model, targets, stored.recipe, stored)
+    swap_in_operands(model, stored.attention)
     files = StoredTensors(path)
     files.check(model)
     layers = tuple(_describe(weight, partial(files.read, weight)) for weight in packed_weights(model))
-    return _with_findings(Inspection(stored.method, layers, coverage, stored.calibration), blocks)
+    made = Inspection(stored.method, layers, coverage, stored.calibration, operands=_operands(model))
+    return _with_findings(made, blocks)
 
 
 def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspection:
@@ -133,8 +142,15 @@ def inspect_model(model: nn.Module, reference: nn.Module | None = None) -> Inspe
     layers = [_describe(weight, partial(_held, weight), errors.get(weight.name)) for weight in packed_weights(model)]
     if reference is not None:
         layers.sort(key=lambda layer: -(layer.error or 0.0))
-    made = Inspection(config.method, tuple(layers), quantizer.coverage, config.calibration)
+    facts = (tuple(layers), quantizer.coverage, config.calibration)
+    made = Inspection(config.method, *facts, operands=_operands(model))
     return _with_findings(made, quantizer.findings)
+
+
+def _operands(model: nn.Module) -> dict[str, str]:
+    """Grids of the operands of attention's products."""
+    parts = ((name, module) for name, module in model.named_modules() if isinstance(module, Operands))
+    return {f"{name}.{operand}": spec.tensor.grid for name, part in parts for operand, spec in part.specs.items()}
 
 
 def read_findings(path: str | Path) -> tuple[BlockFinding, ...] | None:

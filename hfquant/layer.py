@@ -22,13 +22,13 @@ from .input_ranges import INPUT_RANGES, InputChoice, SeenInput, searches_dynamic
 from .layouts import unpack, unpack_inputs
 from .matrices import Group, Matrix
 from .nn import PackedModule
-from .qtensor import QTensor
+from .qtensor import InputParams, QTensor
 from .quantize import for_table, needs, pack, pack_empty, quantize_linear
 from .ranges import RANGES
 from .recipe import Recipe, Step
 from .reference import quantize_input
 from .rounders import ROUNDERS
-from .spec import PackedSpec, Scheme
+from .spec import PackedSpec, Scheme, TensorSpec
 from .stats import InputStats, Stats, needs_of
 
 
@@ -154,7 +154,19 @@ def find_inputs(
         *(group.name, stats.histogram, stats.sample, peak, tuple(weights), tuple(quantized), experts),
         stats.importance(matrix.name for matrix in group.targets),
     )
-    return find(seen, given, **step.options)
+    return _of_first(find(seen, given, **step.options))
+
+
+def _of_first(choice: InputChoice) -> InputChoice:
+    """What the first process chose: another may round differently, and must not go on with another choice."""
+    given = choice.params
+    numbers = [] if given is None else [None if x is None else x.tolist() for x in (given.scale, given.zero)]
+    tensor, found = processes.of_first([choice.tensor.to_dict(), numbers])
+    spec = TensorSpec.from_dict(tensor)
+    if given is None:
+        return InputChoice(spec)
+    zero = None if given.zero is None else given.zero.new_tensor(found[1])
+    return InputChoice(spec, InputParams(given.scale.new_tensor(found[0]), zero))
 
 
 def data_free(recipe: Recipe) -> Recipe:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .attention import Operands
+from .attention import IMPLEMENTATION, Operands
 from .checkpoint import save_native
+from .errors import UnsupportedError
 from .experts import refuse_packed_targets
 from .swap import packed_modules
 
@@ -34,6 +35,16 @@ class NativeModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config.json and `hfquant*.safetensors`; takes the keywords of `PreTrainedModel.save_pretrained`."""
         save_native(self, super().save_pretrained, save_directory, push_to_hub, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Choose how attention is computed. Raises UnsupportedError where that would skip quantized operands."""
+        quantized = any(isinstance(module, Operands) for module in self.modules())
+        if quantized and attn_implementation != IMPLEMENTATION:
+            raise UnsupportedError(
+                f"the operands of this model's attention are quantized, {attn_implementation!r} would leave them as "
+                f"they are: stay with {IMPLEMENTATION!r}, or quantize the model without attention=True"
+            )
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Look at adapters where PEFT leaves its configs: on the model that it has put them into."""

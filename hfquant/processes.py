@@ -37,14 +37,16 @@ def merge(stats: InputStats) -> None:
         dist.all_reduce(counted.counts)
     for tensor, how in stats.tensors():
         dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-    stats.sample = _rows_of_all(stats.sample)[:SAMPLE]
+    places = _rows_of_all(stats.places[:, None])[:, 0]
+    first = places.argsort(stable=True)[:SAMPLE]  # those, and in the order, that one process would have kept
+    stats.sample, stats.places = _rows_of_all(stats.sample)[first], places[first]
 
 
 def _rows_of_all(rows: Tensor) -> Tensor:
     """The rows [S, K], at most `SAMPLE`, of all processes below each other."""
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
     dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = [torch.zeros(SAMPLE, rows.shape[1]) for _ in counts]
+    padded = [rows.new_zeros(SAMPLE, rows.shape[1]) for _ in counts]
     dist.all_gather(padded, torch.cat([rows, rows.new_zeros(SAMPLE - len(rows), rows.shape[1])]))
     return torch.cat([part[: int(count)] for part, count in zip(padded, counts, strict=True)])
 

@@ -23,12 +23,14 @@ from .config import RECORDED, HfQuantConfig
 from .coverage import Coverage, Target, survey
 from .data import batches as batches_of
 from .data import kind_of, stand_in, tokenizer_for
-from .errors import SpecError
+from .errors import SpecError, UnsupportedError
 from .findings import BlockFinding
 from .journal import Journal
 from .pages import return_what_is_freed
+from .quantize import needs
 from .report import sizes, versions
 from .source import load_model
+from .stats import FISHER
 from .swap import packed_modules, swap_in, swap_in_operands
 from .weights import Weights, local_files, skeleton
 
@@ -136,9 +138,14 @@ def quantize_streamed(
     """Quantize `src` into the folder `folder`, which holds the journal meanwhile.
 
     Returns what was found block by block, and the fields of a report that follow from the model. Raises SpecError,
-    CalibrationError and FormatError before any weight is read where that is possible.
+    UnsupportedError, CalibrationError and FormatError before any weight is read where that is possible.
     """
     load_all()
+    if FISHER in needs(config.recipe):
+        raise UnsupportedError(
+            'loss="fisher" runs the whole model forwards and backwards, and here one block is held at a time: load the '
+            "model with from_pretrained and a quantization_config, and save the result"
+        )
     return_what_is_freed()
     join_processes()
     settings = settings or Settings()

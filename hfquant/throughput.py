@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .histogram import Histogram
+from .input_ranges import INPUT_RANGES, SeenInput, rounds_of
 from .quantize import needs, quantize_linear
 from .recipe import Recipe
-from .stats import DRIFT, InputStats, Stats
+from .stats import DRIFT, SAMPLE, InputStats, Stats
 
 _SPENT, _RUNS = 0.06, 2  # seconds for each measurement, and the fewest runs
 _ROWS = (32, 512)  # outputs of the two weights that a recipe's own stages are timed on
@@ -23,7 +25,8 @@ class Throughput:
 
     `skinny`: of products of a few rows, as in writing text, in the model's dtype. `elements`: float32 numbers a second
     that an elementwise step makes. `column`, `element`: seconds that the stages of a recipe take for each input column
-    of a weight, and on top of that for each weight.
+    of a weight, and on top of that for each weight. `seen`: seconds that looking for the range of an input takes for
+    each weight that reads it, 0 where it follows from statistics alone.
     """
 
     forward: float
@@ -33,6 +36,7 @@ class Throughput:
     elements: float
     column: float
     element: float
+    seen: float = 0.0
 
 
 @torch.no_grad()
@@ -53,7 +57,21 @@ def measure(recipe: Recipe, dtype: torch.dtype, width: int, rows: int = 8) -> Th
         elements=x.numel() / _fastest(lambda: x * x),
         column=max(0.0, few / _COLUMNS - element * _ROWS[0]),
         element=element,
+        seen=_looking(recipe),
     )
+
+
+def _looking(recipe: Recipe) -> float:
+    """Seconds for each weight, for input ranges that try candidates out on the layers that read the input."""
+    given, step = recipe.scheme.input, recipe.input_range
+    find = INPUT_RANGES.get(step.name)
+    if given is None or rounds_of(find, step.options) == 1:
+        return 0.0
+    x, w = torch.randn(SAMPLE, _COLUMNS), torch.randn(_ROWS[1], _COLUMNS)
+    counted = Histogram()
+    counted.add(x)
+    seen = SeenInput("a trial", counted, x, float(x.abs().max()), (w,), (w,))
+    return _fastest(lambda: find(seen, given, **step.options)) / w.numel()
 
 
 def _products(dtype: torch.dtype, rows: int, side: int) -> float:

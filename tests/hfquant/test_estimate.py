@@ -159,11 +159,18 @@ def wide_model(folder):
     return folder
 
 
-@pytest.mark.parametrize(("method", "which"), [("gptq", "bundled"), ("awq", "bundled"), ("gptq", "wide")])
-def test_reality_on_this_machine_is_near(tmp_path, method, which):
+W4A4 = {"method": "fpq", "act_bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "which"),
+    [({"method": "gptq"}, "bundled"), ({"method": "awq"}, "bundled"), (W4A4, "bundled"), ({"method": "gptq"}, "wide")],
+    ids=str,
+)
+def test_reality_on_this_machine_is_near(tmp_path, options, which):
     """Time in seconds of one CPU thread, which other processes on the machine add nothing to."""
     src = BUNDLED / "tiny-llama" if which == "bundled" else wide_model(tmp_path / "source")
-    found = reality(src, tmp_path / "out", method=method, samples=16, length=128)
+    found = reality(src, tmp_path / "out", **options, samples=16, length=128)
     promised = found["promised"]
     assert promised["peak_mb"] / 1.5 < found["peak_mb"] < promised["peak_mb"] * 1.5
     assert promised["total_seconds"] / 3 < found["seconds"] < promised["total_seconds"] * 3

@@ -160,7 +160,7 @@ def test_formats_are_counted_by_type_of_layer_and_experts_that_are_stored_togeth
     found = inspect_checkpoint(out)
     attention = {f"{name}_proj": {"e4m3fn": 2} for name in "qkvo"}
     experts = {"gate_up_proj": {"e4m3fn": 2}, "down_proj": {"e4m3fn": 2}}
-    assert found.formats == {"weight": {**attention, **experts}, "input": {**attention, **experts}}
+    assert found.formats == {"weight": {**attention, **experts}, "input": {**attention, **experts}, "operand": {}}
     assert found.to_dict()["formats"] == found.formats
     assert inspect_checkpoint(out, source).formats == found.formats
     _, out = make(tmp_path / "weights", "llama", HfQuantConfig("int4"))

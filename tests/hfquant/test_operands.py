@@ -268,3 +268,12 @@ def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path: Path) -> None
         load(tmp_path, quantization_config=config)
     with pytest.raises(UnsupportedError, match=r"BloomForCausalLM .*leave attention out"):
         hfquant.quantize(tmp_path, config, tmp_path / "out")
+
+
+def test_another_attention_would_skip_the_operands_and_is_refused(saved: Path) -> None:
+    model = load(saved)
+    with pytest.raises(UnsupportedError, match="'sdpa' would leave them as they are"):
+        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("hfquant")
+    model.dequantize().set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"

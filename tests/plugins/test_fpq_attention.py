@@ -217,8 +217,12 @@ def test_loaded_saved_streamed_and_resumed_are_one_model(kind: str, tmp_path: Pa
     files = {file.name for file in (tmp_path / "whole").iterdir()} - {REPORT_NAME}
     for name in files:
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    layers = {layer.name for layer in inspect_checkpoint(tmp_path / "whole").layers}
-    assert layers == {name for name, _ in packed_modules(model)}
+    told = inspect_checkpoint(tmp_path / "whole")
+    assert {layer.name for layer in told.layers} == {name for name, _ in packed_modules(model)}
+    held = [spec.tensor.grid for part in model.modules() if isinstance(part, Operands) for spec in part.specs.values()]
+    assert len(held) == len(OPERANDS) * LAYERS and sorted(told.operands.values()) == sorted(held)
+    counted = told.formats["operand"]
+    assert set(counted) == set(OPERANDS) and all(sum(row.values()) == LAYERS for row in counted.values())
 
 
 @KINDS
