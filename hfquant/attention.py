@@ -74,7 +74,7 @@ class Operands(nn.Module):
     def parse(cls, record: Any) -> Operands:
         """Inverse of `record`, with the scale on the meta device. Raises FormatError for anything else."""
         try:
-            specs = {name: check_operands(InputSpec.from_dict(spec)) for name, spec in record.items()}
+            specs = {name: check_operands(InputSpec.from_dict(spec), searched=True) for name, spec in record.items()}
         except (KeyError, TypeError, AttributeError, HfQuantError) as error:
             raise FormatError(f"config.json: the record of an attention's operands is damaged: {error!r}") from error
         if unknown := [name for name in specs if name not in OPERANDS]:

@@ -137,7 +137,7 @@ class IntGrid(Grid):
 
 @dataclass(frozen=True)
 class FloatGrid(Grid):
-    """Sign, `e` exponent and `m` mantissa bits with subnormals, 3 to 8 bits in all.
+    """Sign, `e` exponent and `m` mantissa bits with subnormals, 3 to 8 bits in all; unsigned ones have no sign.
 
     `specials`: "none" gives every code a finite value (FPQ, LLM-FP4 eq. 1), "fn" reserves the top code for NaN
     (OCP E4M3, `torch.float8_e4m3fn`), "ieee" reserves the top exponent (`torch.float8_e5m2`).
@@ -147,10 +147,13 @@ class FloatGrid(Grid):
     m: int
     bias: int | None = None
     specials: str = "none"
+    is_signed: bool = True
 
     def __post_init__(self) -> None:
-        if self.e < 1 or self.m < 0 or not 3 <= 1 + self.e + self.m <= 8:
+        if self.e < 1 or self.m < 0 or not 3 <= self.bits <= 8:
             raise SpecError(f"float grids have 3 to 8 bits with at least one exponent bit, got e{self.e}m{self.m}")
+        if self.specials != "none" and not self.is_signed:
+            raise SpecError(f"unsigned float grids have no special values, got {self.specials!r}")
         if self.specials not in ("none", "fn", "ieee"):
             raise SpecError(f'specials is "none", "fn" or "ieee", got {self.specials!r}')
         lowest, highest = 1 - self.exponent_bias - self.m, 2**self.e - 1 - self.exponent_bias
@@ -162,14 +165,16 @@ class FloatGrid(Grid):
 
     @property
     def name(self) -> str:
-        """For example "e2m1", "e4m3fn", "e5m2ieee", "e4m3b11" (exponent bias 11)."""
+        """For example "e2m1", "e4m3fn", "e5m2ieee", "e4m3b11" (exponent bias 11), "ue2m2" (unsigned)."""
         suffix = "" if self.specials == "none" else self.specials
-        return f"e{self.e}m{self.m}{suffix}{'' if self.bias is None else f'b{self.bias}'}"
+        return (
+            f"{'' if self.is_signed else 'u'}e{self.e}m{self.m}{suffix}{'' if self.bias is None else f'b{self.bias}'}"
+        )
 
     @property
     def bits(self) -> int:
         """Storage width, sign included."""
-        return 1 + self.e + self.m
+        return int(self.is_signed) + self.e + self.m
 
     @property
     def exponent_bias(self) -> int:
@@ -189,7 +194,7 @@ class FloatGrid(Grid):
 
     def _levels(self) -> list[float]:
         positive = self._magnitudes()
-        return [-value for value in reversed(positive[1:])] + positive
+        return ([-value for value in reversed(positive[1:])] if self.is_signed else []) + positive
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes [same shape] uint8 by arithmetic on the bits; the same result as the general search, faster."""
@@ -197,13 +202,14 @@ class FloatGrid(Grid):
         magnitude = level.abs()
         normal = (magnitude.view(torch.int32) >> (_MANTISSA - self.m)).sub_((_BIAS - self.exponent_bias) << self.m)
         subnormal = (magnitude * 2.0 ** (self.exponent_bias + self.m - 1)).to(torch.int32)
-        steps = torch.where(magnitude < self._tiny, subnormal, normal).clamp_max_(self.zero_code)  # NaN has more
+        most = self.size - 1 - self.zero_code
+        steps = torch.where(magnitude < self._tiny, subnormal, normal).clamp_max_(most)  # NaN has more
         sign = (level < 0).to(torch.int32).neg_()
         return (steps ^ sign).sub_(sign).add_(self.zero_code).to(torch.uint8)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Levels [same shape] float32 nearest to float32 `x`; NaN stays NaN."""
-        x = x.clamp(-self.top, self.top)
+        x = x.clamp(-self.top if self.is_signed else 0.0, self.top)
         if self.m == 0:
             return self._nearest_power(x)
         # Adding 1.5 * 2^23 steps leaves a float32 no bits below one step, so it rounds there, ties to even. The power
@@ -228,7 +234,7 @@ class FloatGrid(Grid):
 
     def to_bits(self, codes: Tensor) -> Tensor:
         """Sign-magnitude bit patterns [same shape] uint8 of `codes`; zero becomes +0."""
-        step = codes.short() - self.zero_code
+        step = codes.short() - self.zero_code  # never negative without a sign
         return (step.abs() | ((step < 0).short() << (self.e + self.m))).to(torch.uint8)
 
     def from_bits(self, patterns: Tensor) -> Tensor:
@@ -236,8 +242,8 @@ class FloatGrid(Grid):
 
         Raises FormatError for patterns that stand for NaN or infinity: no code does.
         """
-        sign = 1 << (self.e + self.m)
-        magnitude = (patterns & (sign - 1)).short()
+        sign = 1 << (self.e + self.m) if self.is_signed else 0
+        magnitude = (patterns & (sign - 1) if sign else patterns).short()
         if self.specials != "none" and not patterns.is_meta and (bad := int((magnitude > self.zero_code).sum())):
             raise FormatError(
                 f"{bad} of {patterns.numel()} values in {self.name} are NaN or infinite: weights are finite"
@@ -268,7 +274,7 @@ class Codebook(Grid):
 
 
 _INT = re.compile(r"(u?)int([2-8])(n?)")
-_FLOAT = re.compile(r"e(\d)m(\d)(fn|ieee)?(?:b(-?\d+))?")
+_FLOAT = re.compile(r"(u?)e(\d)m(\d)(fn|ieee)?(?:b(-?\d+))?")
 
 
 @lru_cache(maxsize=256)
@@ -277,7 +283,8 @@ def by_pattern(name: str) -> Grid | None:
     if match := _INT.fullmatch(name):
         return IntGrid(int(match[2]), is_signed=not match[1], narrow=bool(match[3]))
     if match := _FLOAT.fullmatch(name):
-        return FloatGrid(int(match[1]), int(match[2]), int(match[4]) if match[4] else None, match[3] or "none")
+        bias = int(match[5]) if match[5] else None
+        return FloatGrid(int(match[2]), int(match[3]), bias, match[4] or "none", is_signed=not match[1])
     return None
 
 

@@ -54,9 +54,12 @@ def check_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def check_operands(spec: InputSpec) -> InputSpec:
-    """The same. Raises SpecError for numbers that the operands of attention's products cannot have."""
-    if spec.tensor.zero or spec.split is not None or not spec.tensor.numbers().signed:
+def check_operands(spec: InputSpec, searched: bool = False) -> InputSpec:
+    """The same. Raises SpecError for numbers that the operands of attention's products cannot have.
+
+    `searched`: they were chosen for an operand, which may have no negative values.
+    """
+    if spec.tensor.zero or spec.split is not None or not (spec.tensor.numbers().signed or searched):
         raise SpecError("operands of attention have a signed grid, without zero points or columns in floating point")
     return spec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -194,6 +195,13 @@ def join_processes() -> None:
     """Under torchrun or `accelerate launch`: become one of the processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    """Stop gloo's threads: one that still runs while the process ends may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def calibration_batches(

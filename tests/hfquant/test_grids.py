@@ -14,9 +14,10 @@ from hfquant.grids import GRIDS, Codebook, FloatGrid, Grid, IntGrid, grid
 
 INTEGERS = [f"int{b}" for b in range(2, 9)] + [f"int{b}n" for b in range(2, 9)] + [f"uint{b}" for b in range(2, 9)]
 FLOATS = [f"e{e}m{m}" for e in range(1, 8) for m in range(7) if 3 <= 1 + e + m <= 8]
+UNSIGNED = [f"ue{e}m{m}" for e in range(1, 8) for m in range(8) if 3 <= e + m <= 8]
 SPECIAL = ["e4m3fn", "e5m2ieee", "e3m4fn", "e2m2ieee", "e4m3b11", "e5m2b-3", "e4m3fnb8"]
 BOOKS = [name for name in GRIDS.names() if not isinstance(grid(name), FittedGrid)]
-NAMES = [*INTEGERS, *FLOATS, *SPECIAL, *BOOKS]
+NAMES = [*INTEGERS, *FLOATS, *UNSIGNED, *SPECIAL, *BOOKS]
 each_grid = pytest.mark.parametrize("name", NAMES)
 
 # Every float16 number there is, as float32: 63488 finite values with all ties of the 8-bit floats among them.
@@ -51,7 +52,7 @@ def test_encode_is_the_nearest_level_and_ties_go_to_even(name: str) -> None:
     assert torch.equal(numbers.encode(x), nearest(numbers, x))
 
 
-@pytest.mark.parametrize("name", [*FLOATS, *SPECIAL, "e3m0b2", "e4m0b-1", "e2m0b4"])
+@pytest.mark.parametrize("name", [*FLOATS, *UNSIGNED, *SPECIAL, "e3m0b2", "e4m0b-1", "e2m0b4", "ue3m0b2"])
 def test_floats_are_encoded_by_arithmetic_as_by_the_general_search(name: str) -> None:
     numbers = grid(name)
     any_bits = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(1))
@@ -129,6 +130,18 @@ def test_every_float_grid_round_trips_through_its_name(shape: tuple[int, int, in
         return
     assert grid(made.name) == made
     assert torch.equal(made.levels(), FloatGrid(e, m, None, specials).levels() * 2.0 ** (2 ** (e - 1) - 1 - bias))
+
+
+@pytest.mark.parametrize("name", UNSIGNED)
+def test_an_unsigned_format_has_the_magnitudes_of_the_signed_one(name: str) -> None:
+    numbers = grid(name)
+    assert isinstance(numbers, FloatGrid) and not numbers.signed and numbers.bits == numbers.e + numbers.m
+    if numbers.bits < 8:
+        signed = FloatGrid(numbers.e, numbers.m).levels()
+        assert torch.equal(numbers.levels(), signed[signed >= 0])
+    codes = torch.arange(numbers.size).to(torch.uint8)
+    assert torch.equal(numbers.to_bits(codes), codes) and torch.equal(numbers.from_bits(codes), codes)
+    assert not numbers.encode(torch.tensor([-1.0, -0.0, -torch.inf])).any()
 
 
 def torch_codes(name: str, dtype: torch.dtype, top: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,6 +61,7 @@ assert processes.of_first({"rank": rank}) == {"rank": 0}
 assert processes.of_first(None if rank else [1]) == [1]
 assert stats.tokens == 2
 save_file({"a": made["a"], "gram": stats.gram, "sample": stats.sample, "absmax": stats.absmax}, sys.argv[1] + str(rank))
+dist.destroy_process_group()
 """
 
 

@@ -32,7 +32,7 @@ from hfquant_fpq import weights
 from hfquant_fpq.inputs import find, fpq
 from hfquant_fpq.preset import fpq as preset
 from hfquant_fpq.shift import bounded
-from hfquant_fpq.space import Space, formats
+from hfquant_fpq.space import Space, formats, unsigned_formats
 from tests.models import HELDOUT, MODEL_DIR
 from tests.models.outliers import spread
 
@@ -92,6 +92,16 @@ def test_experts_keep_the_format_that_was_asked_for() -> None:
     free = fpq(seen(x, w), STATIC)
     given = fpq(SeenInput("layer", None, x, float(x.max()), (w,), (w,), grid_is_given=True), STATIC)
     assert free.tensor.grid == "e1m2" and given.tensor.grid == "e2m1"
+
+
+def test_inputs_that_are_never_negative_have_no_sign_where_that_is_better() -> None:
+    x, w = normal(64, 24).softmax(-1), normal(12, 24)
+    free, signed = fpq(seen(x, w), STATIC), fpq(seen(x, w), STATIC, names=list(formats(4)))
+    assert free.tensor.grid in unsigned_formats(4) and signed.tensor.grid in formats(4)
+    losses = [error(x, w, w, choice.tensor, choice.params) for choice in (free, signed)]
+    assert losses[0] < 0.5 * losses[1], "twice the levels, half the steps"
+    x[3, 3] = -1e-6
+    assert fpq(seen(x, w), STATIC).tensor.grid in formats(4)
 
 
 def test_ranges_of_each_token_leave_the_format_to_be_chosen() -> None:
@@ -163,7 +173,7 @@ MINMAX = {**BASE, "search": "minmax"}
 
 
 def test_searching_is_far_better_than_the_usual_format_without_clipping(measured: Callable[..., float]) -> None:
-    assert measured("plain", **BASE) <= 0.40 * measured("plain", **MINMAX)
+    assert measured("plain", **BASE) <= 0.30 * measured("plain", **MINMAX)
 
 
 def test_shifts_help_where_channels_differ_in_size(measured: Callable[..., float]) -> None:

@@ -12,7 +12,7 @@ from hfquant.input_ranges import InputChoice, SeenInput, input_params
 from hfquant.reference import round_trip, static_round_trip
 from hfquant.spec import InputSpec
 
-from .space import Space, searches_nothing
+from .space import Space, float_grid, formats, searches_nothing, unsigned_formats
 
 
 def fpq(
@@ -29,16 +29,25 @@ def fpq(
 
     The error is that of all layers that read the input, with their weights as they are quantized at present, over the
     sample that is kept of the calibration tokens (`stats.SAMPLE`); the magnitude that candidates start from is that of
-    all tokens. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. `rounds`: how often inputs and
+    all tokens. An input without negative values, such as the probabilities of attention, may have a format without a
+    sign. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. `rounds`: how often inputs and
     weights are searched in turns, each for what was found for the other; it ends earlier when nothing changes.
     Source: Liu et al. 2023, "LLM-FP4", algorithm 1.
     """
+    if names is None and never_negative(seen):
+        bits = float_grid(given.tensor.grid).bits
+        names = [*formats(bits), *unsigned_formats(bits)]
     space = Space.of(given.tensor.grid, seen.grid_is_given, names, search, lowest, highest, steps)
     return find(seen, given, space)[0]
 
 
 vars(fpq)["searches_dynamic"] = True
 vars(fpq)["rounds"] = lambda options: 1 if searches_nothing(options) else options.get("rounds", 3)
+
+
+def never_negative(seen: SeenInput) -> bool:
+    """Whether calibration saw values, and none below 0."""
+    return seen.hist is not None and seen.hist.total > 0 and seen.hist.low >= 0
 
 
 def find(seen: SeenInput, given: InputSpec, space: Space) -> tuple[InputChoice, float]:

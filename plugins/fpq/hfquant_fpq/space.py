@@ -25,6 +25,11 @@ def formats(bits: int) -> tuple[str, ...]:
     return tuple(f"e{e}m{bits - 1 - e}" for e in range(1, min(_MOST_EXPONENT_BITS, bits - 1) + 1))
 
 
+def unsigned_formats(bits: int) -> tuple[str, ...]:
+    """The same without a sign, for what is never negative: "ue1m3", "ue2m2", "ue3m1", "ue4m0"."""
+    return tuple(f"ue{e}m{bits - e}" for e in range(1, min(_MOST_EXPONENT_BITS, bits) + 1))
+
+
 def usual(bits: int) -> str:
     """The format of `bits` bits that is used where none is searched for. Raises SpecError for other widths."""
     if isinstance(bits, bool) or bits not in _USUAL:
