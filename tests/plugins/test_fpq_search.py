@@ -11,13 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from hfquant import ops
 from hfquant.blocks import Blocks
 from hfquant.errors import SpecError
 from hfquant.grids import IntGrid, grid
+from hfquant.input_ranges import input_params
+from hfquant.quantize import pack, quantize_linear
 from hfquant.ranges import absmax
+from hfquant.recipe import Recipe
 from hfquant.rounders import to_nearest
-from hfquant.spec import TensorSpec
+from hfquant.spec import InputSpec, Scheme, TensorSpec
 from hfquant.stats import DRIFT, HESSIAN, InputStats, Stats
 from hfquant_fpq.loss import OutputError
 from hfquant_fpq.space import Space, bias, float_grid, formats, usual
@@ -94,10 +99,10 @@ def test_the_bias_of_equation_7_gives_the_largest_number_of_equation_6(name: str
     assert 2.0**-b * (2 - 2.0**-numbers.m) * 2.0 ** (2**numbers.e - 1) == pytest.approx(peak)
 
 
-def definition(x: Tensor, name: str, high: float) -> Tensor:
-    """Equations 8 and 9 of LLM-FP4, with rounding to nearest in the place of the printed floor."""
+def definition(x: Tensor, name: str, high: float, b: float | None = None) -> Tensor:
+    """Equations 8 and 9 of LLM-FP4, with rounding to nearest in the place of the printed floor; `b`: the exact bias."""
     numbers = float_grid(name)
-    b = float(bias(torch.tensor(high, dtype=torch.float64), numbers))
+    b = float(bias(torch.tensor(high, dtype=torch.float64), numbers)) if b is None else b
     clipped = x.double().clamp(-high, high)
     level = (clipped.abs().clamp_min(1e-300).log2() + b).floor().clamp_min(1)
     step = torch.exp2(level - numbers.m - b)
@@ -283,3 +288,21 @@ def test_wide_layers_find_nearly_what_an_exact_search_finds(monkeypatch: pytest.
     sketched = loss(w, rounded(w, fpq(w, CHANNEL, seen(x))), x)
     monkeypatch.setattr("hfquant_fpq.loss._SMALL", 2000)
     assert sketched <= 1.02 * loss(w, rounded(w, fpq(w, CHANNEL, seen(x))), x)
+
+
+# ---- the op
+
+
+@pytest.mark.parametrize("name", [*formats(4), *formats(6), *formats(8)])
+@given(seed=st.integers(0, 1000), octave=st.integers(-4, 4))
+@settings(max_examples=10, deadline=None)
+def test_the_op_quantizes_its_input_bit_for_bit_as_defined(name: str, seed: int, octave: int) -> None:
+    high, b = float_grid(name).top * 2.0**octave, float_grid(name).exponent_bias - octave  # no rounding in either
+    tensor = TensorSpec(name, Blocks(-1, -1))
+    recipe = Recipe(Scheme(CHANNEL, InputSpec(tensor, dynamic=False)))
+    w, x = normal(N, K, seed=seed), normal(T, K, seed=seed + 1) * high / 3
+    x[0] = definition(x, name, high, b)[0].float() * 1.25  # ties among them
+    packed, spec = pack(quantize_linear(w, recipe), recipe, input_params(-high, high, tensor))
+    values = list(packed.values())
+    expected = F.linear(definition(x, name, high, b).float(), ops.dequantize(values, spec.key(), torch.float32))
+    assert torch.equal(ops.linear(x, values, None, spec.key()), expected)

@@ -30,11 +30,11 @@ def fpq(
     The error is that of all layers that read the input, with their weights as they are quantized at present, over the
     sample that is kept of the calibration tokens (`stats.SAMPLE`); the magnitude that candidates start from is that of
     all tokens. An input without negative values, such as the probabilities of attention, may have a format without a
-    sign. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. `rounds`: how often inputs and
-    weights are searched in turns, each for what was found for the other; it ends earlier when nothing changes.
+    sign. `search`, `lowest`, `highest`, `steps`: the candidates, see `Space`. `rounds`: how often inputs and weights
+    are searched in turns, each for what was found for the other; it ends earlier when nothing changes.
     Source: Liu et al. 2023, "LLM-FP4", algorithm 1.
     """
-    if names is None and never_negative(seen):
+    if names is None and search == "joint" and never_negative(seen):
         bits = float_grid(given.tensor.grid).bits
         names = [*formats(bits), *unsigned_formats(bits)]
     space = Space.of(given.tensor.grid, seen.grid_is_given, names, search, lowest, highest, steps)
