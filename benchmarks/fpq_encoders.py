@@ -96,33 +96,39 @@ class Task:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write; the tables that are named, such as "BERT", or all of them."""
     logging.disable_progress_bar()
+    named, stored = sys.argv[1:], RESULTS / "fpq_encoders.json"
     result: dict[str, Any] = {**facts(str(__doc__), __file__), "seeds": SEEDS, "test": TEST, "tables": {}}
+    if named and stored.exists():
+        result["tables"] = json.loads(stored.read_text())["tables"]
     with tempfile.TemporaryDirectory() as folder:
         original = AutoModelForImageClassification.from_pretrained(VIT_DIR, dtype=torch.float32)
         spread(original).save_pretrained(folder)
-        made = {
-            "BERT": Task(AutoModelForSequenceClassification, BERT_DIR, tasks.text_batch),
-            "ViT": Task(AutoModelForImageClassification, VIT_DIR, tasks.image_batch),
-            "ViT, spread": Task(AutoModelForImageClassification, Path(folder), tasks.image_batch),
+        sources = {
+            "BERT": (AutoModelForSequenceClassification, BERT_DIR, tasks.text_batch),
+            "ViT": (AutoModelForImageClassification, VIT_DIR, tasks.image_batch),
+            "ViT, spread": (AutoModelForImageClassification, Path(folder), tasks.image_batch),
         }
-        for name, task in made.items():
-            lines = [{"bits": "32/32/32", "method": "full precision", "samples": 0, **task.judge(task.exact)}]
-            for bits, method, samples, options in rows(SETTINGS[name], ablation=name == "BERT"):
-                found = [task.measure(options, seed, samples) for seed in SEEDS]
-                means = {key: mean(each[key] for each in found) for key in found[0]}
-                spreads = {f"{key}_stdev": stdev(each[key] for each in found) for key in found[0]}
-                lines.append(
-                    {"bits": bits, "method": method, "samples": samples, "options": options, **means, **spreads}
-                )
-                print(f"{name:12s} {bits} {method:20s} {samples:4d} {means}", flush=True)
-            result["tables"][name] = lines
-    (RESULTS / "fpq_encoders.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "fpq_encoders.md").write_text(markdown(result))
+        for name in named or sources:
+            result["tables"][name] = list(measured(name, Task(*sources[name])))
+            result["tables"] = {name: result["tables"][name] for name in sources if name in result["tables"]}
+            stored.write_text(json.dumps(result, indent=1) + "\n")
+            stored.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))
     missed = [name for name, lines in result["tables"].items() if not holds(lines)]
     sys.exit(f"FPQ is below MinMax on {', '.join(missed)}" if missed else 0)
+
+
+def measured(name: str, task: Task) -> Iterator[dict[str, Any]]:
+    """The lines of a table."""
+    yield {"bits": "32/32/32", "method": "full precision", "samples": 0, **task.judge(task.exact)}
+    for bits, method, samples, options in rows(SETTINGS[name], ablation=name == "BERT"):
+        found = [task.measure(options, seed, samples) for seed in SEEDS]
+        means = {key: mean(each[key] for each in found) for key in found[0]}
+        spreads = {f"{key}_stdev": stdev(each[key] for each in found) for key in found[0]}
+        print(f"{name:12s} {bits} {method:20s} {samples:4d} {means}", flush=True)
+        yield {"bits": bits, "method": method, "samples": samples, "options": options, **means, **spreads}
 
 
 def holds(lines: list[dict[str, Any]]) -> bool:

@@ -1,12 +1,13 @@
 """Figures quoted in the README are those of the committed results."""
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,12 +25,22 @@ def peers() -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks/results/peers.json").read_text())
 
 
-def test_the_table_of_other_packages_is_that_of_the_result() -> None:
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks/peers.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    assert module.markdown(peers()) == (ROOT / "benchmarks/results/peers.md").read_text()
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One of the measurements as a module, without running it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", ["peers"])
+def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
+
+
+def test_fpq_takes_the_time_it_may() -> None:
+    spent = json.loads((ROOT / "benchmarks/results/fpq_time.json").read_text())
+    assert spent["small"]["ratio"] <= spent["small"]["bar"] == 3
+    assert spent["large"]["hours"] <= spent["large"]["bar"] == 2
 
 
 def test_what_the_documentation_says_about_other_packages_is_what_was_measured() -> None:
