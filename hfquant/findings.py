@@ -12,7 +12,8 @@ class LayerFinding:
     """A quantized matrix: `error` is |x (W - W')^T| / |x W^T| over a sample of its calibration inputs.
 
     It is None where there was no input to look at, as for a layer that no token reached.
-    `tokens`: how many reached it. `seconds`: time that its stages took. `notes`: remedies and fallbacks.
+    `tokens`: how many reached it. `seconds`: time that its stages took. `notes`: remedies and fallbacks. `grid`,
+    `input_grid`: numbers of the weight, and of its input if that is quantized.
     """
 
     name: str
@@ -20,6 +21,8 @@ class LayerFinding:
     tokens: int
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    grid: str | None = None
+    input_grid: str | None = None
 
 
 def worst_first(layers: Iterable[LayerFinding]) -> list[LayerFinding]:

@@ -79,8 +79,8 @@ def quantize_matrix(
 ) -> Pieces:
     """Quantize a matrix by a recipe and what calibration saw of its input; process `owner` does the work.
 
-    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted. `inputs`: what was found for
-    the input, if it is quantized.
+    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted unless 0 are asked for, as
+    for a table. `inputs`: what was found for the input, if it is quantized.
     """
     started = time.perf_counter()
     w = matrix.values()
@@ -89,7 +89,7 @@ def quantize_matrix(
     sample = None if stats is None else stats.sample
     recipe = with_inputs(recipe, inputs)
     if stats is None or count < min_tokens:
-        if needs(for_table(recipe)) and processes.rank() == owner:  # of the weight, whatever its input
+        if min_tokens and needs(for_table(recipe)) and processes.rank() == owner:  # of the weight, whatever its input
             notes.append(f"{count} tokens reached it, {min_tokens} are needed: rounded to nearest")
         recipe, stats = data_free(recipe), None
     schemes: list[Scheme] = []
@@ -110,7 +110,9 @@ def quantize_matrix(
         stats.memo.clear()  # large, and of no use any more
     kept = packed["outlier_index"].numel() if "outlier_index" in packed else 0
     spec = replace(spec, names=tuple(packed), outliers=kept, scheme=Scheme.from_dict(scheme))
-    found = LayerFinding(matrix.name, None, count, processes.gather_notes(notes))
+    found = LayerFinding(matrix.name, None, count, processes.gather_notes(notes), grid=spec.scheme.weight.grid)
+    if spec.scheme.input is not None:
+        found.input_grid = spec.scheme.input.tensor.grid
     made = Pieces(matrix, packed, spec, found)
     if sample is not None and len(sample):
         found.error = _output_error(w, made.qtensor(), sample)

@@ -14,6 +14,7 @@ from .blocks import row_chunks
 from .codebooks import FittedGrid
 from .columns import COLUMNS, take_outliers
 from .errors import SpecError, WeightError
+from .grids import FloatGrid
 from .hadamard import hadamard
 from .input_ranges import INPUT_RANGES, try_out
 from .layouts import LAYOUTS, default_layout, empty_inputs, empty_qtensor, pack_inputs, packed_spec
@@ -57,9 +58,11 @@ def check_recipe(recipe: Recipe) -> Recipe:
 def check_operands(spec: InputSpec, searched: bool = False) -> InputSpec:
     """The same. Raises SpecError for numbers that the operands of attention's products cannot have.
 
-    `searched`: they were chosen for an operand, which may have no negative values.
+    `searched`: they were chosen for an operand, which may have no negative values and then a float format without sign.
     """
-    if spec.tensor.zero or spec.split is not None or not (spec.tensor.numbers().signed or searched):
+    numbers = spec.tensor.numbers()
+    fits = numbers.signed or (searched and isinstance(numbers, FloatGrid))
+    if spec.tensor.zero or spec.split is not None or not fits:
         raise SpecError("operands of attention have a signed grid, without zero points or columns in floating point")
     return spec
 

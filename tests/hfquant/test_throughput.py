@@ -10,8 +10,11 @@ import torch
 
 from hfquant import HfQuantConfig
 from hfquant.backend import Backend, register, unregister
+from hfquant.blocks import Blocks
+from hfquant.input_ranges import InputChoice
 from hfquant.recipe import Step
 from hfquant.rounders import nearest
+from hfquant.spec import InputSpec, Scheme, TensorSpec
 from hfquant.throughput import measure
 
 RECIPE = HfQuantConfig("int4").recipe
@@ -48,9 +51,9 @@ def test_everything_is_measured_and_in_a_short_time():
     before = time.process_time()
     rates = asdict(measure(RECIPE, torch.bfloat16, 256))
     assert time.process_time() - before < 4
-    column, element = rates.pop("column"), rates.pop("element")
+    column, element, seen = rates.pop("column"), rates.pop("element"), rates.pop("seen")
     assert all(1e6 < rate < 1e16 for rate in rates.values())
-    assert 0 <= column < COLUMN and 0 < element < ELEMENT
+    assert 0 <= column < COLUMN and 0 < element < ELEMENT and seen == 0
 
 
 @pytest.mark.parametrize("spent", [(COLUMN, 0.0), (0.0, ELEMENT), (COLUMN, ELEMENT)])
@@ -59,3 +62,25 @@ def test_time_spent_on_columns_and_time_spent_on_weights_are_told_apart(rounder,
     found = measure(rounder(column=column, element=element), torch.float32, 64)
     assert found.column == pytest.approx(column, rel=0.25, abs=COLUMN / 4)
     assert found.element == pytest.approx(element, rel=0.25, abs=ELEMENT / 4)
+
+
+def looking(seen, given):
+    """Finds nothing about an input, and takes its time for each weight that reads it."""
+    end = time.process_time() + sum(w.numel() for w in seen.weights) * ELEMENT
+    while time.process_time() < end:
+        pass
+    return InputChoice(given.tensor)
+
+
+vars(looking).update(searches_dynamic=True, rounds=lambda options: 2)
+
+
+def test_time_spent_on_inputs_is_told_apart_too():
+    backend = Backend("looks", input_ranges={"looking": looking})
+    register(backend, "test")
+    try:
+        scheme = Scheme(RECIPE.scheme.weight, InputSpec(TensorSpec("int8", Blocks(1, -1))))
+        found = measure(replace(RECIPE, scheme=scheme, input_range=Step("looking")), torch.float32, 64)
+    finally:
+        unregister(backend, "test")
+    assert found.seen == pytest.approx(ELEMENT, rel=0.25) and found.element < ELEMENT / 4

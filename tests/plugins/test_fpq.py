@@ -240,8 +240,11 @@ def test_the_command_line_way_gives_the_same_and_inspect_tells(tmp_path: Path) -
     assert formats_of(streamed) == formats_of(loaded)
     with torch.no_grad():
         assert torch.equal(streamed(data[0][:2]).logits, loaded(data[0][:2]).logits)
-    told = {layer.name: layer.grid for layer in inspect_checkpoint(tmp_path / "out").layers}
+    found = inspect_checkpoint(tmp_path / "out")
+    told = {layer.name: layer.grid for layer in found.layers}
     assert told == {name: weight for name, (weight, _) in formats_of(streamed).items()}
+    reported = {layer.name: (layer.grid, layer.input_grid) for block in found.blocks or () for layer in block.layers}
+    assert reported == formats_of(streamed)
 
 
 def test_weights_of_four_bits_take_four_bits() -> None:
