@@ -255,7 +255,7 @@ class Calibration:
         found = []
         for target in targets:
             matrix = Matrix(target.name, self.state.model.get_submodule(target.name), "weight", True)
-            made = quantize_matrix(matrix, for_table(self.state.recipe), None, min_tokens=0)
+            made = quantize_matrix(matrix, for_table(self.state.recipe), None, min_tokens=-1)
             self.state.swap(target.name, {"weight": [made]})
             found.append(made.finding)
         return found

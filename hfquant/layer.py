@@ -79,8 +79,8 @@ def quantize_matrix(
 ) -> Pieces:
     """Quantize a matrix by a recipe and what calibration saw of its input; process `owner` does the work.
 
-    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted unless 0 are asked for, as
-    for a table. `inputs`: what was found for the input, if it is quantized.
+    A matrix that saw fewer than `min_tokens` tokens is rounded to nearest, which is noted; -1 for a table, which
+    sees no tokens. `inputs`: what was found for the input, if it is quantized.
     """
     started = time.perf_counter()
     w = matrix.values()
@@ -89,7 +89,7 @@ def quantize_matrix(
     sample = None if stats is None else stats.sample
     recipe = with_inputs(recipe, inputs)
     if stats is None or count < min_tokens:
-        if min_tokens and needs(for_table(recipe)) and processes.rank() == owner:  # of the weight, whatever its input
+        if min_tokens >= 0 and needs(for_table(recipe)) and processes.rank() == owner:  # of the weight alone
             notes.append(f"{count} tokens reached it, {min_tokens} are needed: rounded to nearest")
         recipe, stats = data_free(recipe), None
     schemes: list[Scheme] = []
