@@ -31,13 +31,16 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["peers"])
+@pytest.mark.parametrize("name", ["peers", "fpq_quality"])
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
 
 
-def test_fpq_takes_the_time_it_may() -> None:
+def test_fpq_keeps_its_bars() -> None:
+    quality = json.loads((ROOT / "benchmarks/results/fpq_quality.json").read_text())["rows"].values()
+    assert [row["bar"] for row in quality if row["bar"] is not None] == [0.30, 0.80]
+    assert all(row["ratio"] <= row["bar"] for row in quality if row["bar"] is not None)
     spent = json.loads((ROOT / "benchmarks/results/fpq_time.json").read_text())
     assert spent["small"]["ratio"] <= spent["small"]["bar"] == 3
     assert spent["large"]["hours"] <= spent["large"]["bar"] == 2
