@@ -16,7 +16,7 @@ from .errors import FormatError, HfQuantError, UnsupportedError
 from .nn import packed_aside
 from .qtensor import InputParams
 from .quantize import check_operands
-from .reference import round_trip, static_round_trip
+from .reference import as_seen
 from .spec import InputSpec
 
 IMPLEMENTATION = "hfquant"  # name among transformers' attention implementations
@@ -30,7 +30,6 @@ _UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indi
 Listener = Callable[[nn.Module, int, Tensor], Tensor]
 """Gets an attention module, which of its `PRODUCTS` it is, and the product; returns what takes its place."""
 
-_callers: list[nn.Module] | None = None
 _listener: Listener | None = None
 
 
@@ -56,8 +55,8 @@ class Operands(nn.Module):
             self.watcher(name, x.detach())
         if name not in self.specs:
             return x
-        params = InputParams(self.scale[OPERANDS.index(name)].reshape(1))
-        seen = quantize_operand(x.detach().float(), self.specs[name], params).to(x.dtype)
+        spec, scale = self.specs[name], self.scale[OPERANDS.index(name)].reshape(1)
+        seen = as_seen(x.detach().float(), spec.tensor, None if spec.dynamic else InputParams(scale)).to(x.dtype)
         return seen + (x - x.detach()) if x.requires_grad else seen  # adds 0: training sees what inference does
 
     def choose(self, name: str, spec: InputSpec, params: InputParams | None) -> None:
@@ -93,14 +92,6 @@ class Operands(nn.Module):
         return ", ".join(f"{name}={spec.tensor.grid}" for name, spec in self.specs.items())
 
 
-def quantize_operand(x: Tensor, spec: InputSpec, params: InputParams | None) -> Tensor:
-    """What a product over the last axis sees of `x` [..., rows, k] float32; `params`: its static range."""
-    if spec.dynamic:
-        return round_trip(x.reshape(-1, x.shape[-1]), spec.tensor).reshape(x.shape)
-    assert params is not None
-    return static_round_trip(x, spec.tensor, params)
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -118,8 +109,6 @@ def attend(
     """
     if given := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
         raise UnsupportedError(f"{type(module).__name__} uses {given[0]}, which attention={IMPLEMENTATION!r} has not")
-    if _callers is not None and module not in _callers:
-        _callers.append(module)
     seen = module._modules.get(CHILD) or (lambda name, x: x)
     heads = query.shape[1] // key.shape[1]
     query, key = seen("query", query), seen("key", key).repeat_interleave(heads, 1)
@@ -177,17 +166,6 @@ def freeze(model: nn.Module) -> None:
 
 
 @contextmanager
-def note_callers() -> Iterator[list[nn.Module]]:
-    """The modules that call `attend` meanwhile, in the order of their calls."""
-    global _callers
-    before, _callers = _callers, []
-    try:
-        yield _callers
-    finally:
-        _callers = before
-
-
-@contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Let `listener` see, and replace, every product meanwhile."""
     global _listener
@@ -196,3 +174,17 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener = before
+
+
+@contextmanager
+def note_callers() -> Iterator[list[nn.Module]]:
+    """The modules that call `attend` meanwhile, in the order of their calls."""
+    callers: list[nn.Module] = []
+
+    def note(module: nn.Module, product: int, value: Tensor) -> Tensor:
+        if module not in callers:
+            callers.append(module)
+        return value
+
+    with listening(note):
+        yield callers

@@ -133,10 +133,10 @@ class HfQuantConfig(QuantizationConfigMixin):
         config.data = CalibrationData()
         try:
             config.recipe = Recipe.from_dict(data["recipe"])
-            own = [replace(config.recipe, scheme=Scheme.from_dict(scheme)) for scheme in data["schemes"].values()]
+            own = dict.fromkeys(map(Scheme.from_dict, data["schemes"].values()))  # many layers have the same
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"config.json: the recipe of quantization_config is damaged: {error!r}") from error
-        for recipe in (config.recipe, *own):
+        for recipe in (config.recipe, *(replace(config.recipe, scheme=scheme) for scheme in own)):
             check_recipe(recipe)
         return config
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import CHILD, PRODUCTS, Operands, note_callers, quantize_operand
+from .attention import CHILD, PRODUCTS, Operands, note_callers
 from .fisher import Importance, queries, sequences
 from .histogram import Histogram
 from .input_ranges import INPUT_RANGES, InputChoice, SeenInput, rounds_of, searches_dynamic
 from .matrices import Enough, Group
 from .recipe import Recipe
+from .reference import as_seen
 from .spec import InputSpec
 
 Forward = Callable[[int], Any]
@@ -159,8 +160,8 @@ def _choose(
     for _ in range(rounds_of(find, step.options)):
         before = dict(chosen)
         for mine, other in _both_ways(seen):
-            exact = samples[other]
-            quantized = _as_seen(exact, chosen.get(other))
+            exact, choice = samples[other], chosen.get(other)
+            quantized = exact if choice is None else as_seen(exact, choice.tensor, choice.params)
             hist = seen[mine].hist
             turned = counts if counts is None or mine == next(iter(seen)) else counts.mT
             sample = samples[mine]
@@ -180,9 +181,3 @@ def _aligned(samples: dict[str, Tensor]) -> dict[str, Tensor]:
 def _both_ways(names: Iterable[str]) -> list[tuple[str, str]]:
     left, right = names
     return [(left, right), (right, left)]
-
-
-def _as_seen(x: Tensor, choice: InputChoice | None) -> Tensor:
-    if choice is None:
-        return x
-    return quantize_operand(x, InputSpec(choice.tensor, choice.params is None), choice.params)

@@ -47,10 +47,15 @@ def quantize_input(x: Tensor, spec: InputSpec, outliers: Outliers | None, inputs
     """
     keep = outlier_columns(x, spec.split, outliers)
     rest = x.masked_fill(keep, 0)
-    if spec.dynamic:
-        return torch.where(keep, x, round_trip(rest, spec.tensor))
-    assert inputs is not None
-    return torch.where(keep, x, static_round_trip(rest, spec.tensor, inputs))
+    assert spec.dynamic or inputs is not None
+    return torch.where(keep, x, as_seen(rest, spec.tensor, None if spec.dynamic else inputs))
+
+
+def as_seen(x: Tensor, spec: TensorSpec, inputs: InputParams | None) -> Tensor:
+    """Quantize `x` [..., T, K] float32 and dequantize again, with a calibrated range or, for None, its own ones."""
+    if inputs is not None:
+        return static_round_trip(x, spec, inputs)
+    return round_trip(x.reshape(-1, x.shape[-1]), spec).reshape(x.shape)
 
 
 def outlier_columns(x: Tensor, split: float | None, outliers: Outliers | None) -> Tensor:

@@ -22,12 +22,13 @@ from hfquant.histogram import Histogram
 from hfquant.input_ranges import INPUT_RANGES, InputChoice, SeenInput, input_params
 from hfquant.inspection import inspect_checkpoint
 from hfquant.recipe import Recipe
+from hfquant.reference import as_seen
 from hfquant.report import REPORT_NAME
 from hfquant.source import model_class
 from hfquant.spec import InputSpec, TensorSpec
 from hfquant.swap import packed_modules
 from hfquant.testing.tiny import HEADS, LAYERS, tiny_inputs, tiny_model
-from hfquant_fpq.inputs import as_seen, find
+from hfquant_fpq.inputs import find
 from hfquant_fpq.preset import fpq as preset
 from hfquant_fpq.space import Space, formats, usual
 
@@ -46,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def loss(seen: SeenInput, choice: InputChoice) -> float:
     """Squared change of the products x w^T [H, S, N] of all heads, per row, in float64."""
     (exact,), (quantized,) = seen.weights, seen.quantized
-    x, made = seen.sample, as_seen(seen.sample, choice)
+    x, made = seen.sample, as_seen(seen.sample, choice.tensor, choice.params)
     total = 0.0
     for head in range(len(x)):
         right = x[head].double() @ exact[head].double().T
@@ -119,7 +120,7 @@ def test_the_other_operand_is_the_one_that_was_quantized(monkeypatch: pytest.Mon
         for one, other in PRODUCTS:
             if name.endswith(f"({other})"):  # the second of the pair
                 first, choice = by_name[name.replace(f"({other})", f"({one})")]
-                assert torch.equal(seen.quantized[0], as_seen(first.sample, choice))
+                assert torch.equal(seen.quantized[0], as_seen(first.sample, choice.tensor, choice.params))
                 assert len(seen.sample) == 2 * HEADS
 
 

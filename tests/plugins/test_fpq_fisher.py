@@ -31,11 +31,12 @@ from hfquant.coverage import survey
 from hfquant.errors import UnsupportedError
 from hfquant.histogram import Histogram
 from hfquant.input_ranges import InputChoice, SeenInput, input_params
+from hfquant.reference import as_seen
 from hfquant.spec import InputSpec, TensorSpec
 from hfquant.stats import DRIFT, FISHER, HESSIAN, InputStats, Stats
 from hfquant.swap import packed_modules
 from hfquant.testing.tiny import tiny_inputs, tiny_model
-from hfquant_fpq.inputs import as_seen, find
+from hfquant_fpq.inputs import find
 from hfquant_fpq.loss import OutputError
 from hfquant_fpq.space import Space, formats
 from hfquant_fpq.weights import fpq
@@ -108,7 +109,7 @@ def test_the_loss_of_an_input_is_the_weighed_error(heads: tuple[int, ...], seed:
     around = looked_at(x, w, q, f)
 
     def by_definition(choice: InputChoice) -> float:
-        errors = as_seen(x, choice).double() @ q.double().mT - x.double() @ w.double().mT
+        errors = as_seen(x, choice.tensor, choice.params).double() @ q.double().mT - x.double() @ w.double().mT
         return float((f.double() * errors.square()).sum()) / x[..., 0].numel()
 
     space = Space(formats(4))

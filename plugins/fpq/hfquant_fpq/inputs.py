@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from hfquant.input_ranges import InputChoice, SeenInput, input_params
-from hfquant.reference import round_trip, static_round_trip
+from hfquant.reference import as_seen
 from hfquant.spec import InputSpec
 
 from .space import Space, float_grid, formats, searches_nothing, unsigned_formats
@@ -58,9 +57,9 @@ def find(seen: SeenInput, given: InputSpec, space: Space) -> tuple[InputChoice, 
     already = x @ (quantized - exact).mT
 
     def loss_of(choice: InputChoice) -> float:
-        change = as_seen(x, choice) - x
-        stacked = (tensor.reshape(heads, *tensor.shape[-2:]) for tensor in (already, change, quantized))
-        squares = errors(*stacked).square()
+        change = as_seen(x, choice.tensor, choice.params) - x
+        stacked = (tensor.reshape(heads, *tensor.shape[-2:]) for tensor in (already, change, quantized.mT))
+        squares = torch.baddbmm(*stacked).square()
         counted = squares if seen.importance is None else squares * seen.importance.to(squares)
         return float(counted.sum()) / max(x[..., 0].numel(), 1)
 
@@ -92,15 +91,3 @@ def _best(
         attempt(at - half)
         attempt(at + half)
     return tried[best()]
-
-
-def errors(already: Tensor, change: Tensor, weights: Tensor) -> Tensor:
-    """Errors of outputs [H, S, N]: those there are `already`, and what a change [H, S, K] of the inputs adds."""
-    return torch.baddbmm(already, change, weights.mT)
-
-
-def as_seen(x: Tensor, choice: InputChoice) -> Tensor:
-    """The input `x` [..., T, K] float32 as a layer sees it."""
-    if choice.params is None:
-        return round_trip(x.reshape(-1, x.shape[-1]), choice.tensor).reshape(x.shape)
-    return static_round_trip(x, choice.tensor, choice.params)
