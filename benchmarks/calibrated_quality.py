@@ -11,27 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-from common import calibration, facts, training_files
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from common import RESULTS
+from common.quality import setting, trials
 from transformers.utils import logging
 
-from hfquant import HfQuantConfig
-from hfquant.eval import Reference, token_batches
-from tests.models import HELDOUT, MODEL_DIR
-from tests.models.outliers import save_variants
-
-RESULT = Path(__file__).parent / "results" / "calibrated_quality.json"
-SEEDS = (0, 1, 2)
-SAMPLES, LENGTH = 128, 256
-SEQUENCES = 32
 ROTATION = {"name": "rotate", "online": True}
 
 
@@ -76,38 +63,18 @@ def rows() -> dict[str, Row]:
     return found
 
 
-def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> float:
-    """KL of a row."""
-    config = HfQuantConfig(row.method, **row.options)
-    if config.needs_data:
-        config = HfQuantConfig(row.method, **row.options, data=data, samples=SAMPLES, length=LENGTH, batch_size=16)
-    model = LlamaForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
-    return reference.compare(model).kl
-
-
 def main() -> None:
     """Measure, print, write; exit status 1 if a bar is missed."""
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    files = training_files()
-    text = HELDOUT.read_text()
-    size = len(text) // len(SEEDS)
     table = rows()
     kl: dict[str, list[float]] = {name: [] for name in table}
-    with tempfile.TemporaryDirectory() as name:
-        for seed in SEEDS:
-            model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-            part = text[seed * size : (seed + 1) * size]
-            reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
-            sources, data = (
-                save_variants(MODEL_DIR, Path(name), seed),
-                calibration(tokenizer, files, seed, SAMPLES, LENGTH),
-            )
-            for label, row in table.items():
-                kl[label].append(measure(reference, sources[row.variant], row, data))
-                print(f"seed {seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)
+    for trial in trials():
+        for label, row in table.items():
+            kl[label].append(trial.kl(row.method, row.options, row.variant))
+            print(f"seed {trial.seed}  {label:38s} {kl[label][-1]:9.5f}", flush=True)
     lines = {label: line(row, label, kl) for label, row in table.items()}
-    RESULT.write_text(json.dumps({**setting(), "rows": lines}, indent=1) + "\n")
+    result = {**setting(str(__doc__), __file__), "rows": lines}
+    (RESULTS / "calibrated_quality.json").write_text(json.dumps(result, indent=1) + "\n")
     missed = show(lines)
     sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 
@@ -124,16 +91,6 @@ def line(row: Row, label: str, kl: dict[str, list[float]]) -> dict[str, Any]:
         "base": row.base,
         "ratio": ratio,
         "bar": row.bar,
-    }
-
-
-def setting() -> dict[str, Any]:
-    """What it takes to judge the figures."""
-    return {
-        **facts(str(__doc__), __file__),
-        "seeds": SEEDS,
-        "tokens": SEQUENCES * (LENGTH - 1),
-        "calibration": {"samples": SAMPLES, "length": LENGTH},
     }
 
 

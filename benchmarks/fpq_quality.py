@@ -12,30 +12,20 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-from common import RESULTS, calibration, facts, training_files
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from common import RESULTS
+from common.quality import setting, trials
 from transformers.utils import logging
 
-from hfquant import HfQuantConfig
 from hfquant.backend import Backend, register
 from hfquant.blocks import Blocks
-from hfquant.eval import Reference, token_batches
 from hfquant.recipe import Recipe, Step
 from hfquant.spec import InputSpec, Scheme, TensorSpec
-from tests.models import HELDOUT, MODEL_DIR
-from tests.models.outliers import save_variants
 
-SEEDS = (0, 1, 2)
-SAMPLES, LENGTH, SEQUENCES = 128, 256, 32
 SETTINGS = ("8/8/8", "4/4/16", "4/4/8", "4/4/4")
 SPREAD = ("4/4/8", "4/4/4")  # settings that are measured on the spread model too
 
@@ -100,36 +90,19 @@ def barred() -> Iterator[tuple[str, Row]]:
     yield "16/4/4 FPQ", shifted
 
 
-def measure(reference: Reference, source: Path, row: Row, data: list[Tensor]) -> float:
-    """KL of a row."""
-    config = HfQuantConfig(row.method, **row.options)
-    if config.needs_data:
-        config = HfQuantConfig(row.method, **row.options, data=data, samples=SAMPLES, length=LENGTH, batch_size=16)
-    model = LlamaForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
-    return reference.compare(model).kl
-
-
 def main() -> None:
     """Measure, print, write; exit status 1 if a bar is missed."""
     logging.disable_progress_bar()
     register(Backend("rows", presets={"integers": integers}), "benchmarks/fpq_quality.py")
-    tokenizer, files, text = AutoTokenizer.from_pretrained(MODEL_DIR), training_files(), HELDOUT.read_text()
-    size, table = len(text) // len(SEEDS), rows()
+    table = rows()
     found: dict[str, dict[str, list[float]]] = {name: {v: [] for v in row.variants} for name, row in table.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
-            model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-            part = text[seed * size : (seed + 1) * size]
-            reference = Reference(model, token_batches(tokenizer, part, SEQUENCES, LENGTH), cache=True)
-            sources = save_variants(MODEL_DIR, Path(folder), seed)
-            data = calibration(tokenizer, files, seed, SAMPLES, LENGTH)
-            for name, row in table.items():
-                for variant in row.variants:
-                    found[name][variant].append(measure(reference, sources[variant], row, data))
-                    print(f"seed {seed}  {name:42s} {variant:7s} {found[name][variant][-1]:9.5f}", flush=True)
+    for trial in trials():
+        for name, row in table.items():
+            for variant in row.variants:
+                found[name][variant].append(trial.kl(row.method, row.options, variant))
+                print(f"seed {trial.seed}  {name:42s} {variant:7s} {found[name][variant][-1]:9.5f}", flush=True)
     lines = {name: line(name, table, found) for name in table}
-    result = {**facts(str(__doc__), __file__), "seeds": SEEDS, "tokens": SEQUENCES * (LENGTH - 1)}
-    result |= {"calibration": {"samples": SAMPLES, "length": LENGTH}, "rows": lines}
+    result = {**setting(str(__doc__), __file__), "rows": lines}
     (RESULTS / "fpq_quality.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "fpq_quality.md").write_text(markdown(result))
     print(markdown(result))

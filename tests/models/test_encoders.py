@@ -33,8 +33,8 @@ from .tasks import (
     sentiment,
     text_batch,
 )
-from .train import set_learning_rates
 from .train_encoders import TASKS, build_optimizers, train_step
+from .training import set_learning_rates
 
 BUNDLED = {
     BERT_DIR: (AutoModelForSequenceClassification, text_batch),

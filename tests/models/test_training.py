@@ -23,9 +23,9 @@ from .train import (
     build_optimizers,
     load_checkpoint,
     save_checkpoint,
-    set_learning_rates,
     train_step,
 )
+from .training import set_learning_rates
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .card import write_card, write_heldout
 from .corpus import SPLITS, SourceFile, Split, heldout_documents, read_corpus, select, standard_library
 from .evaluate import mean_loss, perplexity, sequences, token_loss
-from .muon import Muon
 from .tokenizer import encode_documents, train_tokenizer
+from .training import MUON_LR, WARMUP_STEPS, descend, export, muon_and_adamw, set_learning_rates
 
 VOCAB_SIZE = 1024
 CONTEXT = 512
@@ -56,10 +56,7 @@ SAVE_SECONDS = 600
 VALID_SEQUENCES = 128
 """Sequences of ``SEQUENCE`` tokens behind the losses logged during training."""
 
-MUON_LR = 0.02
 ADAM_LR = 0.004
-WARMUP_STEPS = 100
-CLIP_NORM = 1.0
 
 
 @dataclass
@@ -157,32 +154,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon for the 2-D weights of the blocks and AdamW for embeddings, head and norms."""
-    blocks = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    in_blocks = {id(p) for p in blocks}
-    rest = [p for p in model.parameters() if id(p) not in in_blocks]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(blocks, lr=MUON_LR, weight_decay=0.01),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.01},
-                {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
-            ],
-            lr=ADAM_LR,
-            betas=(0.9, 0.95),
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, fraction: float) -> None:
-    """Linear warmup over ``WARMUP_STEPS``, then linear decay to zero at the end of the run."""
-    scale = min(1.0, (step + 1) / WARMUP_STEPS) * max(0.0, 1.0 - fraction)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    return muon_and_adamw(model, matrices, ADAM_LR, betas=(0.9, 0.95))
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
@@ -199,13 +172,7 @@ def train_step(
     loss_function: Callable[[LlamaForCausalLM, Tensor], Tensor],
 ) -> float:
     """Do one optimizer step and return the training loss in nats per token."""
-    loss = loss_function(model, batch)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
+    return descend(model, optimizers, loss_function(model, batch))
 
 
 def save_checkpoint(
@@ -232,14 +199,6 @@ def load_checkpoint(directory: Path, model: LlamaForCausalLM, optimizers: list[t
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
     return Progress(**json.loads((source / "progress.json").read_text()))
-
-
-def export(directory: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a bfloat16 Hugging Face model directory, tokenizer included."""
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def train(

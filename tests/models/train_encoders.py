@@ -27,7 +27,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from .muon import Muon
 from .tasks import (
     SENTIMENTS,
     SHAPES,
@@ -41,7 +40,7 @@ from .tasks import (
     inputs_of,
     text_batch,
 )
-from .train import CLIP_NORM, set_learning_rates
+from .training import MUON_LR, WEIGHT_DECAY, descend, export, muon_and_adamw, set_learning_rates
 
 CARD = """\
 ---
@@ -81,9 +80,7 @@ BATCH = 64
 
 TEST_COUNT = 2000
 LOG_STEPS = 200
-MUON_LR = 0.02
 ADAM_LR = 0.002
-WEIGHT_DECAY = 0.01
 
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 _NO_DROPOUT = {"initializer_range": 0.08, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -151,24 +148,8 @@ TASKS = {
 
 def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Return Muon for the 2-D weights of the blocks and AdamW for everything else."""
-    blocks = [p for name, p in model.named_parameters() if ".layer" in name and p.ndim == 2]
-    in_blocks = {id(p) for p in blocks}
-    rest = [p for p in model.parameters() if id(p) not in in_blocks]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(blocks, lr=MUON_LR, weight_decay=WEIGHT_DECAY),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=ADAM_LR,
-            betas=(0.9, 0.98),
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+    matrices = [p for name, p in model.named_parameters() if ".layer" in name and p.ndim == 2]
+    return muon_and_adamw(model, matrices, ADAM_LR, betas=(0.9, 0.98))
 
 
 def train_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], batch: Batch) -> float:
@@ -176,12 +157,7 @@ def train_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], 
     with torch.autocast("cpu", torch.bfloat16):
         logits: Tensor = model(**inputs_of(batch)).logits
     loss = nn.functional.cross_entropy(logits.float(), batch["labels"])
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
+    return descend(model, optimizers, loss)
 
 
 def train(model: PreTrainedModel, task: Task, steps: int) -> list[dict[str, float]]:
@@ -198,13 +174,6 @@ def train(model: PreTrainedModel, task: Task, steps: int) -> list[dict[str, floa
             print(history[-1], f"{time.monotonic() - started:.0f} s", flush=True)
             recent.clear()
     return history
-
-
-def export(directory: Path, model: PreTrainedModel) -> None:
-    """Write a bfloat16 Hugging Face model directory."""
-    copy = type(model)(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(directory)
 
 
 def write_record(directory: Path, record: dict[str, Any], task: Task, config: Any) -> None:
