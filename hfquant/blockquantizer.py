@@ -19,7 +19,7 @@ from .hidden import HiddenStates
 from .input_ranges import INPUT_RANGES, InputChoice, rounds_of
 from .layer import Pieces, find_inputs, quantize_matrix, with_inputs
 from .matrices import Enough, Group, Matrix, find_matrices, trace, watch
-from .products import find_products, quantize_products
+from .products import NO_PRODUCT, find_products, quantize_products
 from .ranges import RANGES
 from .reference import quantize_input
 from .settled import Settled, find_ends
@@ -38,7 +38,7 @@ class BlockQuantizer:
             self.groups = trace(name, block, run.targets, lambda: self.forward(0))
         inside = run.recipe.attention is not None and index >= 0
         self.products = find_products(name, block, self.groups, lambda: self.forward(0)) if inside else []
-        self.notes: list[str] = []
+        self.notes: list[str] = [NO_PRODUCT] if inside and not self.products else []
         self.twin: Twin | None = None
         self.closing: dict[str, list[Callable[[], None]]] = {}
         self.done: set[str] = set()  # names of modules

@@ -23,6 +23,12 @@ from .spec import InputSpec
 Forward = Callable[[int], Any]
 """Runs the block on a batch."""
 
+NO_PRODUCT = (
+    "attention operands stay unquantized: the block has no attention product, nothing in it calls transformers' "
+    "attention interface"
+)
+"""Remark about a block without `Product`: hybrid models have blocks with a convolution or a state instead."""
+
 
 @dataclass(eq=False)
 class Product:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Lfm2Config, PreTrainedModel
 
 import hfquant
 from hfquant import HfQuantConfig, processes
@@ -22,6 +22,7 @@ from hfquant.blocks import Blocks
 from hfquant.errors import FormatError, HfQuantError, SpecError, UnsupportedError
 from hfquant.grids import Codebook
 from hfquant.presets import kbit
+from hfquant.products import NO_PRODUCT
 from hfquant.quantize import check_recipe
 from hfquant.recipe import Recipe
 from hfquant.spec import InputSpec, TensorSpec
@@ -252,6 +253,18 @@ def test_earlier_checkpoints_have_no_records(source: Path, tmp_path: Path) -> No
 
 
 # ---- what cannot be done
+
+
+@pytest.mark.parametrize("kinds", [["conv", "full_attention"], ["full_attention", "conv"]], ids=" then ".join)
+def test_a_block_without_attention_says_that_it_has_no_operands(kinds: list[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Lfm2Config(vocab_size=256, num_hidden_layers=2, layer_types=kinds, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    made = load(tmp_path, quantization_config=HfQuantConfig("attended", data=[INPUTS]))
+    plain = load(tmp_path, quantization_config=HfQuantConfig("w8a8", dynamic=False, transform=None, data=[INPUTS]))
+    noted, quiet = ([NO_PRODUCT in block.notes for block in m.hf_quantizer.findings] for m in (made, plain))
+    assert noted == [*(kind == "conv" for kind in kinds), False], "the last one is what is in no block"
+    assert len(operands(made)) == 1 and not any(quiet) and len(quiet) == 3
 
 
 def test_several_processes_are_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
