@@ -7,6 +7,7 @@ PYTEST_ARGS ?= --numprocesses auto --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
@@ -17,13 +18,18 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  %-12s %s\n' "$$name" "$$text"; done
 
-venv: $(STAMP)  ## create .venv with the tested versions and hfquant itself, editable
+venv: $(STAMP) $(KERNELS)  ## create .venv with the tested versions and hfquant itself, editable
 
 # torch alone first: it is by far the largest download, and a failure there is then plain to see.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	HFQUANT_NO_KERNELS=1 $(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Compiled again when a source changes. Here a source that does not compile is an error, unlike in `pip install`.
+$(KERNELS): $(STAMP) setup.py hfquant/build.py $(wildcard kernels/core/cpu/*.cpp kernels/core/cpu/*.h)
+	$(if $(filter 1,$(HFQUANT_NO_KERNELS)),,$(BIN)/hfquant doctor --build)
 	@touch $@
 
 demo: venv  ## quantize a small model and show what it costs and what it saves
@@ -59,6 +65,7 @@ wheel: venv  ## build dist/hfquant-*.whl
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 clean:  ## remove everything that can be made again
+	rm -f kernels/*/cpu/*.so kernels/*/cpu/*.dylib
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     codebooks,
     columns,
+    cpu,
     input_ranges,
     layouts,
     presets,
@@ -22,7 +23,7 @@ CORE = Backend(
     "core",
     grids=codebooks.BUILTIN,
     layouts=layouts.BUILTIN,
-    kernels=(REFERENCE,),
+    kernels=(REFERENCE, cpu.KERNEL),
     ranges={**ranges.BUILTIN, **weighted_ranges.BUILTIN},
     input_ranges=input_ranges.BUILTIN,
     rounders=rounders.BUILTIN,

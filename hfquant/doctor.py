@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from . import cpu
 from .backend import backends
+from .build import NoCompilerError, cpu_folder, cpu_library, digest, find_compiler, read_record
 from .kernel import KERNELS
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
@@ -38,7 +41,7 @@ class Check:
 def examine() -> list[Check]:
     """All checks, in the order in which they are worth reading."""
     checks: list[Check] = []
-    for look in (_versions, _plugins, _devices, _kernels, _disk, _optional):
+    for look in (_versions, _plugins, _devices, _kernels, _library, _disk, _optional):
         checks += look()
     return checks
 
@@ -135,6 +138,46 @@ def _kernels() -> Iterator[Check]:
         else:
             why = "reference only: runs every method by dequantizing, so it saves memory but no time"
             yield Check("kernels", device, NOTE, why)
+
+
+def _library() -> Iterator[Check]:
+    """The compiled CPU kernels, and what they run on here."""
+    library = cpu_library()
+    if library is None:
+        yield Check("kernels", "cpu library", NOTE, f"not built: {_why_not_built()}")
+        return
+    yield check_library(library)
+    found = cpu.library()
+    if isinstance(found, str):
+        yield Check("kernels", "cpu instructions", BROKEN, found)
+    else:
+        others = ", ".join(isa for isa in found.isas() if isa != found.isa)
+        yield Check("kernels", "cpu instructions", OK, f"{found.isa}; HFQUANT_CPU_ISA can ask for {others}")
+
+
+def check_library(library: Path) -> Check:
+    """Whether a library of compiled kernels loads here, and was built from the sources next to it."""
+    again = "compile it here: hfquant doctor --build"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as problem:
+        return Check("kernels", "cpu library", BROKEN, f"does not load ({problem}); {again}")
+    record = read_record(library)
+    if record is None or record.digest != digest(library.parent):
+        return Check("kernels", "cpu library", NOTE, f"{library} was built from other sources than now; {again}")
+    threads = "" if record.openmp else ", without OpenMP: one thread"
+    return Check("kernels", "cpu library", OK, f"{library}, built with {record.version}{threads}")
+
+
+def _why_not_built() -> str:
+    folder = cpu_folder()
+    if folder is None or not folder.is_dir():
+        return "the package hfquant.kernels is not installed: pip install hfquant, or pip install -e . in its folder"
+    try:
+        compiler = find_compiler()
+    except NoCompilerError as problem:
+        return f"{problem}; install one (g++ or clang++), then: hfquant doctor --build"
+    return f"hfquant doctor --build compiles it, with {compiler.version}"
 
 
 def _disk() -> Iterator[Check]:

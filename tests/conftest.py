@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.egg-info", "build", "*.so")
+NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.egg-info", "build", "*.so", "*.dylib")
 
 
 def run_command(command: list[str], **options: Any) -> str:
@@ -26,15 +26,20 @@ def run_command(command: list[str], **options: Any) -> str:
     return done.stdout
 
 
-def wheel_of(source: Path, scratch: Path) -> Path:
-    """Build from a copy: setuptools leaves build/ behind, and a later wheel would contain its stale files."""
-    copy = scratch / "source"
+def copy_tree(source: Path, copy: Path) -> None:
+    """Copy what a distribution is built from, without what was built before."""
     copy.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_dir() and (path.name in {"hfquant", "plugins", "kernels"} or path.name.startswith("hfquant_")):
             shutil.copytree(path, copy / path.name, ignore=NOT_SOURCE)
         elif path.is_file():
             shutil.copy(path, copy)
+
+
+def wheel_of(source: Path, scratch: Path) -> Path:
+    """Build from a copy: setuptools leaves build/ behind, and a later wheel would contain its stale files."""
+    copy = scratch / "source"
+    copy_tree(source, copy)
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(scratch)]
     run_command([sys.executable, "-m", "pip", "wheel", *options, str(copy)], cwd=scratch)
     (wheel,) = scratch.glob("*.whl")
@@ -82,3 +87,9 @@ def fresh_environment(dependencies_only: Path) -> Callable[..., Callable[..., st
 def build_wheel() -> Callable[[Path, Path], Path]:
     """`build_wheel(source, scratch)` builds the distribution in a folder."""
     return wheel_of
+
+
+@pytest.fixture(scope="session")
+def copy_of() -> Callable[[Path, Path], None]:
+    """`copy_of(source, copy)` copies the sources of the distribution in a folder."""
+    return copy_tree

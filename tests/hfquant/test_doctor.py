@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 
 from hfquant import doctor
 from hfquant.backend import Plugin
-from hfquant.doctor import BROKEN, NOTE, OK, check_folder, check_requirement, examine, is_broken
+from hfquant.build import LIBRARY, build_library
+from hfquant.doctor import BROKEN, NOTE, OK, Check, check_folder, check_library, check_requirement, examine, is_broken
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,37 @@ def test_every_device_of_torch_has_a_line_about_kernels():
     checks = examine()
     devices = {check.name for check in checks if check.topic == "devices" and check.name != "accelerator"}
     assert "cpu" in devices and ("cuda" in devices) == torch.cuda.is_available()
-    assert {check.name for check in checks if check.topic == "kernels"} == devices
+    assert {check.name for check in checks if check.topic == "kernels"} == devices | {"cpu library"}
+
+
+def test_the_library_of_kernels_is_named_with_its_compiler(tmp_path, monkeypatch):
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    built = build_library(tmp_path, tmp_path)
+    library = tmp_path / LIBRARY
+    monkeypatch.setattr(doctor, "cpu_library", lambda: library)
+    check = next(check for check in examine() if check.name == "cpu library")
+    assert check.state == OK and str(library) in check.detail and built.version in check.detail
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
+    stale = check_library(library)
+    assert stale.state == NOTE and "other sources" in stale.detail and "doctor --build" in stale.detail
+    foreign = tmp_path / "foreign.so"
+    foreign.write_bytes(b"from another processor")
+    broken = check_library(foreign)
+    assert broken.state == BROKEN and "does not load" in broken.detail and "doctor --build" in broken.detail
+
+
+def test_a_missing_library_is_a_note_with_its_reason(tmp_path, monkeypatch):
+    def found() -> Check:
+        return next(check for check in examine() if check.name == "cpu library")
+
+    monkeypatch.setattr(doctor, "cpu_library", lambda: None)
+    monkeypatch.setattr(doctor, "cpu_folder", lambda: tmp_path)
+    check = found()
+    assert check.state == NOTE and "not built: hfquant doctor --build compiles it" in check.detail
+    monkeypatch.setenv("CXX", "a-compiler-that-nobody-has")
+    assert found().state == NOTE and "a-compiler-that-nobody-has is not there" in found().detail
+    monkeypatch.setattr(doctor, "cpu_folder", lambda: None)
+    assert found().state == NOTE and "pip install" in found().detail
 
 
 def test_disk_space_is_looked_up_where_a_folder_will_be(tmp_path, monkeypatch):

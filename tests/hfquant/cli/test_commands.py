@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfquant as library
-from hfquant import HfQuantConfig, doctor
+from hfquant import HfQuantConfig, build, doctor
 from hfquant.backend import Plugin
 from hfquant.eval import Reference, token_batches
 from hfquant.inspection import inspect_checkpoint
@@ -280,6 +280,25 @@ def test_doctor_fails_exactly_if_something_is_broken(hfquant, monkeypatch, error
     assert (error or "fine").splitlines()[-1] in shown
     assert ("Something is broken" in shown) == bool(error)
     assert json.loads(hfquant("doctor", "--json", status=status).stdout)["broken"] == bool(error)
+
+
+def test_doctor_builds_the_kernels_on_request(hfquant, monkeypatch, tmp_path):
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (tmp_path / "odd.cpp").write_text("// flags: -mnobody-knows-[this]\n")
+    (tmp_path / "sloppy.cpp").write_text("static int never_used;\n")
+    healthy = [check for check in doctor.examine() if check.state != doctor.BROKEN]
+    monkeypatch.setattr("hfquant.cli.doctor.examine", lambda: healthy)
+    for module in (build, doctor):
+        monkeypatch.setattr(module, "cpu_folder", lambda: tmp_path)
+    shown = hfquant("doctor", "--build").output
+    assert "one.cpp: compiled" in shown and "odd.cpp: left out" in shown and "-mnobody-knows-[this]" in shown
+    assert "never_used" in shown and "Nothing is broken" in shown
+    made = json.loads(hfquant("doctor", "--build", "--json").stdout)["build"]
+    assert set(made["sources"]) == {"one.cpp", "sloppy.cpp"} and set(made["left_out"]) == {"odd.cpp"}
+    assert (tmp_path / build.LIBRARY).is_file()
+    (tmp_path / "one.cpp").write_text("int one() { return nobody_declared_this; }\n")
+    failed = hfquant("doctor", "--build", status=1)
+    assert "one.cpp does not compile" in failed.stderr and "nobody_declared_this" in failed.stderr
 
 
 # ---- the real thing

@@ -1,0 +1,190 @@
+"""The compiled CPU kernels: weights of any grid of 2 to 8 bits, read as they are stored, times floating-point inputs.
+
+The library is loaded once, after torch, so that both share one OpenMP runtime and its threads. It picks the best
+instruction set of the processor; HFQUANT_CPU_ISA asks for another one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .build import cpu_library
+from .errors import UnsupportedError
+from .grids import grid as named
+from .kernel import Kernel
+from .spec import PackedSpec, TensorSpec
+
+ABI = 1
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAYOUTS = ("bytes", "dense")
+
+
+class Weight(ctypes.Structure):
+    """`hfq_weight` of hfquant.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("n", "k", "row_bytes", "group", "scale_height")),
+        *((name, c_void_p) for name in ("codes", "levels", "scale", "zero")),
+        *((name, c_void_p) for name in ("scale_codes", "scale_levels", "scale_scale")),
+        *(("scale_group", c_int64), ("bits", c_int32), ("zero_bits", c_int32), ("scale_type", c_int32)),
+    )
+
+
+class Library:
+    """The loaded library. Raises UnsupportedError if it does not fit, or has nothing for HFQUANT_CPU_ISA."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._c = ctypes.CDLL(path)
+        except OSError as error:
+            raise UnsupportedError(f"the CPU kernels cannot be loaded: {error}", [_REBUILD]) from error
+        self._c.hfq_isa.restype = self._c.hfq_isas.restype = c_char_p
+        self._c.hfq_use.argtypes = [c_char_p]
+        self._c.hfq_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
+        if (found := self._c.hfq_abi()) != ABI:
+            raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
+        if self._c.hfq_isa() is None:
+            asked, able = os.environ.get("HFQUANT_CPU_ISA"), ", ".join(self.isas())
+            raise UnsupportedError(f"HFQUANT_CPU_ISA={asked!r} is nothing that runs here: choose from {able}")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._c.hfq_isa().decode()
+
+    def isas(self) -> list[str]:
+        """The instruction sets that are built and run on this processor, best first."""
+        return self._c.hfq_isas().decode().split(",")
+
+    @contextmanager
+    def using(self, isa: str) -> Iterator[None]:
+        """Use another instruction set inside the block, in all threads. Raises UnsupportedError if it is not there."""
+        before = self.isa
+        if self._c.hfq_use(isa.encode()):
+            raise UnsupportedError(f"instruction set {isa!r} is nothing that runs here: choose from {self.isas()}")
+        try:
+            yield
+        finally:
+            self._c.hfq_use(before.encode())
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32. Raises MemoryError."""
+        y = x.new_empty(*x.shape[:-1], weight.n)
+        at = None if bias is None else bias.data_ptr()
+        rows = y.numel() // weight.n if weight.n else 0
+        where = (ctypes.addressof(weight), x.data_ptr(), at, y.data_ptr())
+        if self._c.hfq_linear(*where, rows, TYPES[x.dtype], torch.get_num_threads()):
+            raise MemoryError(f"the CPU kernels ran out of memory on a {weight.n} x {weight.k} weight")
+        return y
+
+
+_REBUILD = "build it again: hfquant doctor --build"
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | str:
+    """The library, or the reason why there is none."""
+    path = cpu_library()
+    if path is None:
+        return "the library is not built: install a C++ compiler and run `hfquant doctor --build`"
+    try:
+        return Library(str(path))
+    except UnsupportedError as error:
+        return str(error)
+
+
+def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Reason why a weight cannot be run, or None."""
+    if spec.layout not in LAYOUTS:
+        return f"reads layouts {' and '.join(LAYOUTS)}, the weight has {spec.layout!r}"
+    if dtype not in TYPES:
+        return f"takes float32, bfloat16 and float16 inputs, not {dtype}"
+    if spec.scheme.input is not None:
+        return "takes inputs in floating point, this layer quantizes its own"
+    inner = spec.scheme.weight.scale
+    if isinstance(inner, TensorSpec) and isinstance(inner.scale, TensorSpec):
+        return "reads scales that are quantized once, not twice"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`."""
+    tensors = dict(zip(spec.names, packed, strict=True))
+    kept = None
+    if spec.outliers:
+        # Their codes stand for something else: the columns take part in floating point only.
+        index = tensors["outlier_index"].long()
+        kept = F.linear(x.index_select(-1, index), tensors["outlier_weight"].to(x.dtype))
+        x = x.index_fill(-1, index, 0)
+    if "order" in tensors:
+        x = x.index_select(-1, tensors["order"])
+    found = library()
+    assert isinstance(found, Library)
+    y = found.linear(x.contiguous(), describe(tensors, spec), None if bias is None else bias.float().contiguous())
+    return y if kept is None else y + kept
+
+
+def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
+    """The weight as the library sees it; it holds addresses, so the tensors must outlive it."""
+    weight = Weight.from_buffer_copy(_frame(spec))
+    weight.codes = tensors["codes"].data_ptr()
+    weight.row_bytes = tensors["codes"].shape[1]
+    levels = tensors.get("levels")
+    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if levels is None else _padded(weight, levels)
+    if "zero" in tensors:
+        weight.zero = tensors["zero"].data_ptr()
+    if "scale" in tensors:
+        weight.scale, weight.scale_type = tensors["scale"].data_ptr(), TYPES[tensors["scale"].dtype]
+    else:
+        inner = spec.scheme.weight.scale
+        assert isinstance(inner, TensorSpec)
+        weight.scale_codes = tensors["scale_codes"].data_ptr()
+        weight.scale_levels = levels_of(inner.grid).data_ptr()
+        weight.scale_scale = _hold(weight, tensors["scale_scale"].float())
+    return weight
+
+
+@lru_cache(maxsize=4096)
+def _frame(spec: PackedSpec) -> bytes:
+    """What does not depend on tensors."""
+    rows, columns = spec.scheme.weight.blocks.sides(spec.shape)
+    weight = Weight(n=spec.shape[0], k=spec.shape[1], group=columns, scale_height=rows)
+    weight.zero_bits = spec.scheme.weight.numbers().bits
+    weight.bits = weight.zero_bits if spec.layout == "dense" else 8
+    inner = spec.scheme.weight.scale
+    if isinstance(inner, TensorSpec):
+        counts = spec.scheme.weight.blocks.counts(spec.shape)
+        weight.scale_group = inner.blocks.sides((1, counts[0] * counts[1]))[1]
+    return bytes(weight)
+
+
+@lru_cache(maxsize=256)
+def levels_of(grid: str) -> Tensor:
+    """Level of every byte [256] float32; codes that the grid does not have stand for 0."""
+    table, levels = torch.zeros(256), named(grid).levels()
+    table[: levels.numel()] = levels
+    return table
+
+
+def _padded(weight: Weight, levels: Tensor) -> int:
+    """Address of a fitted table."""
+    return _hold(weight, F.pad(levels, (0, max(0, 256 - levels.numel()))))
+
+
+def _hold(weight: Weight, tensor: Tensor) -> int:
+    """Address of a tensor that lives as long as the weight."""
+    weight.__dict__.setdefault("held", []).append(tensor)
+    return tensor.data_ptr()
+
+
+KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10)

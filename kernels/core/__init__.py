@@ -1,0 +1,1 @@
+"""The compiled and Triton kernels of the core, installed as `hfquant.kernels`."""

@@ -1,0 +1,222 @@
+// From stored codes to vectors of weights, for AVX-512 with VBMI and BF16.
+//
+// The order of columns inside a vector is the one that is cheapest to make, and inputs are brought into the same order
+// once a call. A "chunk" is the run of columns that one load of codes covers; a "lane" is one of the 16 floats of a
+// vector, which holds two bfloat16 numbers. All columns of a lane are near each other, so that they share a scale.
+#pragma once
+
+#include "common.h"
+
+#include <immintrin.h>
+
+namespace {
+
+// Levels as bfloat16, one table of whole numbers and two of their low and high bytes.
+struct Levels {
+    alignas(64) bf16 words[32];
+    alignas(64) uint8_t low[256], high[256];
+
+    explicit Levels(const hfq_weight &w) {
+        for (int code = 0; code < 256; code++) {
+            const bf16 level = to_bf16(w.levels[code & ((1 << w.bits) - 1)]);
+            if (code < 32) words[code] = level;
+            low[code] = uint8_t(level);
+            high[code] = uint8_t(level >> 8);
+        }
+    }
+};
+
+// The first `bytes` bytes at `from`, up to 64; the others are 0.
+inline __m512i load_bytes(const uint8_t *from, int64_t bytes) {
+    return bytes <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(bytes < 64 ? ~0ull >> (64 - bytes) : ~0ull, from);
+}
+
+// Four-bit codes: a shift and a 16-bit lookup for 32 columns. Word i of vector j holds column 4 i + j of the chunk.
+struct Nibbles {
+    static constexpr int COLUMNS = 128, BYTES = 64, VECTORS = 4, LANE = 8, LANES_TOGETHER = 1;
+    __m512i table;
+
+    explicit Nibbles(const Levels &levels) : table(_mm512_load_si512(levels.words)) {}
+
+    void decode(__m512i codes, __m512i *to) const {
+        to[0] = _mm512_permutexvar_epi16(codes, table);  // looks at the low five bits; the table repeats itself
+        to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+        to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+        to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+    }
+};
+
+// 64 codes of BITS bits, one a byte, from 8 * BITS bytes.
+template <int BITS>
+inline __m512i spread(__m512i packed) {
+    if (BITS == 8) return packed;
+    alignas(64) static const struct Tables {
+        uint8_t byte[64], shift[64];
+        Tables() {
+            for (int i = 0; i < 64; i++) {
+                byte[i] = uint8_t((i / 8 * BITS + i % 8) & 63);  // eight codes are BITS bytes: a 64-bit part for each
+                shift[i] = uint8_t(i % 8 * BITS);
+            }
+        }
+    } tables;
+    const __m512i parts = _mm512_permutexvar_epi8(_mm512_load_si512(tables.byte), packed);
+    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shift), parts);
+    return _mm512_and_si512(codes, _mm512_set1_epi8((1 << BITS) - 1));
+}
+
+// A table of 2^BITS bytes, looked up for 64 codes.
+template <int BITS>
+struct ByteTable {
+    __m512i part[BITS == 8 ? 4 : BITS == 7 ? 2 : 1];
+
+    explicit ByteTable(const uint8_t *from) {
+        for (size_t i = 0; i < sizeof(part) / 64; i++) part[i] = _mm512_load_si512(from + 64 * i);
+    }
+
+    __m512i operator()(__m512i codes) const {
+        if constexpr (BITS < 7) {
+            return _mm512_permutexvar_epi8(codes, part[0]);
+        } else if constexpr (BITS == 7) {
+            return _mm512_permutex2var_epi8(part[0], codes, part[1]);
+        } else {
+            const __m512i lower = _mm512_permutex2var_epi8(part[0], codes, part[1]);
+            const __m512i upper = _mm512_permutex2var_epi8(part[2], codes, part[3]);
+            return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(codes), upper);
+        }
+    }
+};
+
+// Codes of any other width: the two bytes of a level are looked up apart and interleaved. In 128-bit part q, the first
+// vector holds columns 16 q to 16 q + 7 of the chunk and the second one the eight columns behind them.
+template <int BITS>
+struct Bytes {
+    static constexpr int COLUMNS = 64, BYTES = 8 * BITS, VECTORS = 2, LANE = 16, LANES_TOGETHER = 4;
+    ByteTable<BITS> low, high;
+
+    explicit Bytes(const Levels &levels) : low(levels.low), high(levels.high) {}
+
+    void decode(__m512i packed, __m512i *to) const {
+        const __m512i codes = spread<BITS>(packed);
+        const __m512i l = low(codes), h = high(codes);
+        to[0] = _mm512_unpacklo_epi8(l, h);
+        to[1] = _mm512_unpackhi_epi8(l, h);
+    }
+};
+
+// How the scales of a row are spread over the lanes of a chunk.
+enum class Spread { ONE, FEW, ANY };
+
+template <class Codes>
+struct Scales {
+    Spread how;
+    int64_t chunks, groups, per_chunk, chunks_per_group;
+    __m512i pick;
+    Buffer<int32_t> index;  // of the group of each lane, for Spread::ANY
+
+    explicit Scales(const hfq_weight &w)
+        : chunks(ceil_div(w.k, Codes::COLUMNS)), groups(ceil_div(w.k, w.group)), index(chunks * 16) {
+        const int64_t group = w.group < w.k ? w.group : chunks * Codes::COLUMNS;
+        per_chunk = Codes::COLUMNS / group;
+        chunks_per_group = group / Codes::COLUMNS;
+        how = group % Codes::COLUMNS == 0 ? Spread::ONE : Codes::COLUMNS % group == 0 ? Spread::FEW : Spread::ANY;
+        alignas(64) int32_t lanes[16];
+        for (int lane = 0; lane < 16; lane++)
+            lanes[lane] = int32_t(lane / Codes::LANES_TOGETHER * Codes::LANE / (group < Codes::COLUMNS ? group : Codes::COLUMNS));
+        pick = _mm512_load_si512(lanes);
+        for (int64_t i = 0; index.data && i < chunks * 16; i++) {
+            const int64_t found = (i / 16 * Codes::COLUMNS + i % 16 / Codes::LANES_TOGETHER * Codes::LANE) / group;
+            index.data[i] = int32_t(found < groups ? found : groups - 1);
+        }
+    }
+
+    // Whether all columns of a lane have the same scale.
+    static bool fits(const hfq_weight &w) { return w.group >= w.k || w.group % Codes::LANE == 0; }
+
+    // Steps through the chunks of a row; each step gives the values of the lanes.
+    template <Spread HOW>
+    struct Walk {
+        const float *values;
+        const int32_t *index;
+        int64_t step, left;  // of values from chunk to chunk, or chunks with one value and how many of them are left
+        __m512 held;
+        __m512i pick;
+
+        Walk(const Scales &s, const float *row, int64_t chunk = 0)
+            : values(row), index(s.index.data + 16 * chunk), step(s.chunks_per_group), left(0),
+              held(_mm512_setzero_ps()), pick(s.pick) {
+            if constexpr (HOW == Spread::FEW) {
+                step = s.per_chunk;
+                values += chunk * step;
+            }
+            if constexpr (HOW == Spread::ONE) {
+                values += chunk / step;
+                if (chunk % step == 0) return;
+                held = _mm512_set1_ps(*values++);
+                left = step - chunk % step;
+            }
+        }
+
+        __m512 next() {
+            if constexpr (HOW == Spread::ONE) {
+                if (left == 0) {
+                    held = _mm512_set1_ps(*values++);
+                    left = step;
+                }
+                left--;
+                return held;
+            } else if constexpr (HOW == Spread::FEW) {
+                const __m512 few = _mm512_permutexvar_ps(pick, _mm512_loadu_ps(values));
+                values += step;
+                return few;
+            } else {
+                const __m512i at = _mm512_load_si512(index);
+                index += 16;
+                return _mm512_i32gather_ps(at, values, 4);
+            }
+        }
+    };
+};
+
+// Bring a row of inputs [k] into the order of the codes: vectors of 32, `stride` vectors apart, zeros behind its end.
+template <class Codes>
+inline void arrange(const bf16 *from, int64_t k, bf16 *to, int64_t stride) {
+    alignas(64) bf16 plain[Codes::COLUMNS];
+    const int64_t next = 32 * stride;
+    for (int64_t start = 0; start < k; start += Codes::COLUMNS, from += Codes::COLUMNS, to += Codes::VECTORS * next) {
+        const bf16 *chunk = from;
+        if (k - start < Codes::COLUMNS) {
+            std::memset(plain, 0, sizeof plain);
+            std::memcpy(plain, from, (k - start) * sizeof(bf16));
+            chunk = plain;
+        }
+        const __m512i a = _mm512_loadu_si512(chunk), b = _mm512_loadu_si512(chunk + 32);
+        if constexpr (Codes::VECTORS == 2) {
+            const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+            _mm512_store_si512(to, _mm512_permutex2var_epi64(a, even, b));
+            _mm512_store_si512(to + next, _mm512_permutex2var_epi64(a, _mm512_add_epi64(even, _mm512_set1_epi64(2)), b));
+        } else {
+            const __m512i c = _mm512_loadu_si512(chunk + 64), d = _mm512_loadu_si512(chunk + 96);
+            const __m512i fours = _mm512_set_epi16(124, 120, 116, 112, 108, 104, 100, 96, 92, 88, 84, 80, 76, 72, 68, 64,
+                                                   60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+            for (int j = 0; j < 4; j++) {  // every fourth word of 64, then of the next 64
+                const __m512i at = _mm512_add_epi16(fours, _mm512_set1_epi16(short(j)));
+                const __m512i left = _mm512_permutex2var_epi16(a, at, b), right = _mm512_permutex2var_epi16(c, at, d);
+                _mm512_store_si512(to + j * next, _mm512_inserti64x4(left, _mm512_castsi512_si256(right), 1));
+            }
+        }
+    }
+}
+
+// Sums over the columns of each lane of arranged inputs, 16 a chunk, as far apart: what zero points are multiplied with.
+template <class Codes>
+inline void lane_sums(const bf16 *arranged, int64_t chunks, float *to, int64_t stride) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    for (int64_t chunk = 0; chunk < chunks; chunk++, to += 16 * stride) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int j = 0; j < Codes::VECTORS; j++, arranged += 32 * stride)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(arranged), ones);
+        _mm512_store_ps(to, sum);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,146 @@
+// Many rows of inputs: a panel of weights is decoded into the second-level cache, and multiplied with all inputs. Both
+// sides lie along the columns, so that nothing is transposed; the 16 partial sums of a product are added at its end.
+#pragma once
+
+#include "common.h"
+#include "threads.h"
+
+#include <immintrin.h>
+
+namespace {
+
+// One kind of number: how many a vector holds, and how two vectors are multiplied and added.
+struct InBf16 {
+    using Type = bf16;
+    static constexpr int LANES = 32;
+    using Vector = __m512bh;
+    static Vector load(const bf16 *from) { return (__m512bh)_mm512_load_si512(from); }
+    static __m512 dot(__m512 sum, Vector a, Vector b) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+
+struct InFloat {
+    using Type = float;
+    static constexpr int LANES = 16;
+    using Vector = __m512;
+    static Vector load(const float *from) { return _mm512_load_ps(from); }
+    static __m512 dot(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+};
+
+constexpr int64_t PANEL_ROWS = 64;       // of weights that are decoded together
+constexpr int64_t PANEL_BYTES = 4096;    // of a row of them
+constexpr int TILE_ROWS = 4, TILE_INPUTS = 6;
+constexpr int64_t SOON = 1024;           // bytes that a panel is asked for from the second-level cache
+
+// Sums of the lanes of four vectors.
+inline __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xEE);
+    const __m512 all = _mm512_add_ps(low, high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// sums [T, 4], rows PANEL_ROWS apart, += T rows of inputs times four rows of weights over `vectors` vectors. Of both,
+// the vectors with the same columns lie together: x [vectors, T, LANES], w [vectors, TILE_ROWS, LANES].
+template <class In, int T>
+inline void tile(const typename In::Type *x, const typename In::Type *w, int64_t vectors, float *sums) {
+    __m512 acc[T][TILE_ROWS];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < TILE_ROWS; r++) acc[t][r] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < vectors; i++, x += T * In::LANES, w += TILE_ROWS * In::LANES) {
+        for (int r = 0; r < TILE_ROWS; r++) _mm_prefetch(reinterpret_cast<const char *>(w) + SOON + 64 * r, _MM_HINT_T0);
+        typename In::Vector weights[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; r++) weights[r] = In::load(w + r * In::LANES);
+        for (int t = 0; t < T; t++) {
+            const typename In::Vector input = In::load(x + t * In::LANES);
+            for (int r = 0; r < TILE_ROWS; r++) acc[t][r] = In::dot(acc[t][r], input, weights[r]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < T; t++) {
+        float *to = sums + t * PANEL_ROWS;
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), add_lanes(acc[t][0], acc[t][1], acc[t][2], acc[t][3])));
+    }
+}
+
+template <class In>
+inline void tiles(int64_t inputs, const typename In::Type *x, const typename In::Type *w, int64_t vectors, float *sums) {
+    switch (inputs) {
+#define CASE(T) \
+    case T: return tile<In, T>(x, w, vectors, sums);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+    }
+}
+
+// Where input row m lies in memory of [m, width], and how many vectors its own ones are apart: tile after tile.
+struct InTile {
+    int64_t offset, stride;
+    InTile(int64_t m, int64_t count, int64_t width, int lanes) {
+        const int64_t first = m / TILE_INPUTS * TILE_INPUTS, rest = count - first;
+        stride = rest < TILE_INPUTS ? rest : TILE_INPUTS;
+        offset = first * width + (m - first) * lanes;
+    }
+};
+
+// Up to 16 results of rows from `row` on, with their bias, into y from element `at` on.
+inline void finish(const Problem &p, int64_t at, int64_t row, int64_t count, const float *sums) {
+    const __mmask16 there = count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xFFFF);
+    __m512 values = _mm512_maskz_loadu_ps(there, sums);
+    if (p.bias) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(there, p.bias + row));
+    if (p.type == HFQ_FLOAT32) {
+        _mm512_mask_storeu_ps(static_cast<float *>(p.y) + at, there, values);
+    } else {
+        const __m256i narrow = p.type == HFQ_BFLOAT16
+                                   ? (__m256i)_mm512_cvtneps_pbh(values)
+                                   : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p.y) + at, there, narrow);
+    }
+}
+
+// y = x W^T + bias, with x [m, width] in tiles. `rows.load(thread, first, count)` gets ready to decode rows of weights,
+// `rows.decode(thread, row, r, start, count, to)` decodes columns of row `r` of these, TILE_ROWS vectors apart. `step`:
+// columns that are decoded at once; `width` is a multiple of it.
+template <class In, class Rows>
+int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t step, const Rows &weights) {
+    using Type = typename In::Type;
+    const hfq_weight &w = p.weight;
+    const int64_t depth = PANEL_BYTES / int64_t(sizeof(Type)) / step * step;
+    int failed = 0;
+#pragma omp parallel num_threads(p.threads)
+    {
+        const int id = omp_get_thread_num();
+        const Share mine(w.n, TILE_ROWS, id, omp_get_num_threads());
+        Buffer<Type> panel(PANEL_ROWS * depth);
+        Buffer<float> sums(p.m * PANEL_ROWS);
+        const bool ready = panel.data && sums.data;
+        if (!ready) {
+#pragma omp atomic write
+            failed = -1;
+        }
+        for (int64_t first = mine.first; ready && first < mine.last; first += PANEL_ROWS) {
+            const int64_t rows = mine.last - first < PANEL_ROWS ? mine.last - first : PANEL_ROWS;
+            std::memset(sums.data, 0, p.m * PANEL_ROWS * sizeof(float));
+            weights.load(id, first, rows);
+            for (int64_t start = 0; start < width; start += depth) {
+                const int64_t count = width - start < depth ? width - start : depth;
+                for (int64_t r = 0; r < rows; r++)
+                    weights.decode(id, first + r, r, start, count,
+                                   panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * In::LANES);
+                for (int64_t m = 0; m < p.m; m += TILE_INPUTS) {
+                    const InTile at(m, p.m, width, In::LANES);
+                    for (int64_t r = 0; r < rows; r += TILE_ROWS)  // rows behind the last one are old ones, not used
+                        tiles<In>(at.stride, x + at.offset + start * at.stride, panel.data + r * depth,
+                                  count / In::LANES, sums.data + m * PANEL_ROWS + r);
+                }
+            }
+            for (int64_t m = 0; m < p.m; m++)
+                for (int64_t r = 0; r < rows; r += 16)
+                    finish(p, m * w.n + first + r, first + r, rows - r, sums.data + m * PANEL_ROWS + r);
+        }
+    }
+    return failed;
+}
+
+}  // namespace

@@ -1,0 +1,69 @@
+// The exported functions: they hand over to the best instruction set of this processor.
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr int COUNT = 3;
+using Source = const Isa *(*)();
+const Source SOURCES[COUNT] = {hfq_avx512_bf16, hfq_avx2, hfq_scalar};  // best first
+
+const Isa *usable(int index) {
+    const Isa *isa = SOURCES[index] ? SOURCES[index]() : nullptr;
+    return isa && isa->supported() ? isa : nullptr;
+}
+
+// The best one, or the one that is asked for.
+const Isa *find(const char *asked) {
+    for (int index = 0; index < COUNT; index++) {
+        const Isa *isa = usable(index);
+        if (isa && (!asked || !*asked || std::strcmp(asked, isa->name) == 0)) return isa;
+    }
+    return nullptr;
+}
+
+std::atomic<const Isa *> &chosen() {
+    static std::atomic<const Isa *> isa{find(std::getenv("HFQUANT_CPU_ISA"))};
+    return isa;
+}
+
+const char *list() {
+    static char names[128];
+    names[0] = '\0';
+    for (int index = 0; index < COUNT; index++) {
+        const Isa *isa = usable(index);
+        if (!isa) continue;
+        if (names[0]) std::strcat(names, ",");
+        std::strcat(names, isa->name);
+    }
+    return names;
+}
+
+}  // namespace
+
+int hfq_abi(void) { return HFQ_ABI; }
+
+const char *hfq_isa(void) {
+    const Isa *isa = chosen();
+    return isa ? isa->name : nullptr;
+}
+
+int hfq_use(const char *name) {
+    const Isa *isa = find(name);
+    if (!isa) return -1;
+    chosen() = isa;
+    return 0;
+}
+
+const char *hfq_isas(void) {
+    static const char *names = list();
+    return names;
+}
+
+int hfq_linear(const hfq_weight *weight, const void *x, const float *bias, void *y, int64_t m, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->linear(Problem{*weight, x, bias, y, m, type, threads}) : -1;
+}

@@ -1,0 +1,27 @@
+// What a source of kernels offers to the dispatcher.
+#pragma once
+
+#include "hfquant.h"
+
+struct Problem {
+    const hfq_weight &weight;
+    const void *x;
+    const float *bias;
+    void *y;
+    int64_t m;
+    int type;
+    int threads;
+};
+
+struct Isa {
+    const char *name;
+    bool (*supported)();
+    int (*linear)(const Problem &problem);
+};
+
+// Weak: a source whose instructions the compiler does not know is not in the library.
+extern "C" {
+__attribute__((weak)) const Isa *hfq_scalar();
+__attribute__((weak)) const Isa *hfq_avx2();
+__attribute__((weak)) const Isa *hfq_avx512_bf16();
+}

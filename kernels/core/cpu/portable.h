@@ -1,0 +1,56 @@
+// The whole computation in float32 and portable C++; a source that includes it says how codes become levels.
+#pragma once
+
+#include "common.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int LANES = 16;  // partial sums: enough for any compiler to keep a vector unit busy, and exacter than one
+
+float dot(const float *a, const float *b, int64_t count) {
+    float sums[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) sums[lane] += a[i + lane] * b[i + lane];
+    for (int lane = 0; i < count; i++, lane++) sums[lane] += a[i] * b[i];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int lane = 0; lane < width; lane++) sums[lane] += sums[lane + width];
+    return sums[0];
+}
+
+// Decode: (weight, codes of a row, first column, last column, to).
+template <class Decode>
+int portable_linear(const Problem &p, const Decode &decode) {
+    const hfq_weight &w = p.weight;
+    const int64_t groups = ceil_div(w.k, w.group);
+    Buffer<float> x(p.m * w.k);
+    if (!x.data) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(p.threads)
+    {
+        const int id = omp_get_thread_num(), count = omp_get_num_threads();
+        const Share mine(p.m * w.k, 64, id, count);
+        for (int64_t i = mine.first; i < mine.last; i++) x.data[i] = load(p.x, i, p.type);
+        Buffer<float> row(w.k), scale(groups), zero(groups);
+        const bool ready = row.data && scale.data && zero.data;
+        if (!ready) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp barrier
+        const Share rows(w.n, 1, id, count);
+        for (int64_t n = rows.first; ready && n < rows.last; n++) {
+            row_parameters(w, n, scale.data, zero.data);
+            decode(w, w.codes + n * w.row_bytes, 0, w.k, row.data);
+            scale_levels(w, scale.data, zero.data, 0, w.k, row.data);
+            for (int64_t m = 0; m < p.m; m++) {
+                const float sum = dot(x.data + m * w.k, row.data, w.k) + (p.bias ? p.bias[n] : 0.0f);
+                store(p.y, m * w.n + n, p.type, sum);
+            }
+        }
+    }
+    return failed;
+}
+
+}  // namespace
