@@ -7,25 +7,30 @@ instruction set of the processor; HFQUANT_CPU_ISA asks for another one.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .blocks import Blocks
 from .build import cpu_library
 from .errors import UnsupportedError
+from .grids import IntGrid
 from .grids import grid as named
 from .kernel import Kernel
-from .spec import PackedSpec, TensorSpec
+from .layouts import INPUT_NAMES
+from .spec import InputSpec, PackedSpec, TensorSpec
 
 ABI = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAYOUTS = ("bytes", "dense")
+MOST_COLUMNS = 1 << 16  # products of two bytes that fit into 32 bits, added up
 
 
 class Weight(ctypes.Structure):
@@ -36,6 +41,15 @@ class Weight(ctypes.Structure):
         *((name, c_void_p) for name in ("codes", "levels", "scale", "zero")),
         *((name, c_void_p) for name in ("scale_codes", "scale_levels", "scale_scale")),
         *(("scale_group", c_int64), ("bits", c_int32), ("zero_bits", c_int32), ("scale_type", c_int32)),
+    )
+
+
+class Input(ctypes.Structure):
+    """`hfq_input` of hfquant.h."""
+
+    _fields_ = (
+        *((name, c_float) for name in ("low", "high", "scale", "split")),
+        *(("outlier_count", c_int64), ("outliers", c_void_p), ("outlier_weight", c_void_p), ("outlier_type", c_int32)),
     )
 
 
@@ -50,6 +64,7 @@ class Library:
         self._c.hfq_isa.restype = self._c.hfq_isas.restype = c_char_p
         self._c.hfq_use.argtypes = [c_char_p]
         self._c.hfq_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
+        self._c.hfq_linear_int.argtypes = [c_void_p, *self._c.hfq_linear.argtypes]
         if (found := self._c.hfq_abi()) != ABI:
             raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
         if self._c.hfq_isa() is None:
@@ -76,13 +91,20 @@ class Library:
         finally:
             self._c.hfq_use(before.encode())
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32. Raises MemoryError."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, input: Input | None = None) -> Tensor:
+        """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32; `input`: how `x` is quantized.
+
+        Raises MemoryError.
+        """
         y = x.new_empty(*x.shape[:-1], weight.n)
         at = None if bias is None else bias.data_ptr()
         rows = y.numel() // weight.n if weight.n else 0
-        where = (ctypes.addressof(weight), x.data_ptr(), at, y.data_ptr())
-        if self._c.hfq_linear(*where, rows, TYPES[x.dtype], torch.get_num_threads()):
+        rest = (x.data_ptr(), at, y.data_ptr(), rows, TYPES[x.dtype], torch.get_num_threads())
+        if input is None:
+            failed = self._c.hfq_linear(ctypes.addressof(weight), *rest)
+        else:
+            failed = self._c.hfq_linear_int(ctypes.addressof(weight), ctypes.addressof(input), *rest)
+        if failed:
             raise MemoryError(f"the CPU kernels ran out of memory on a {weight.n} x {weight.k} weight")
         return y
 
@@ -108,8 +130,8 @@ def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | 
         return f"reads layouts {' and '.join(LAYOUTS)}, the weight has {spec.layout!r}"
     if dtype not in TYPES:
         return f"takes float32, bfloat16 and float16 inputs, not {dtype}"
-    if spec.scheme.input is not None:
-        return "takes inputs in floating point, this layer quantizes its own"
+    if spec.scheme.input is not None and (reason := why_not_int(spec, spec.scheme.input)):
+        return reason
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec) and isinstance(inner.scale, TensorSpec):
         return "reads scales that are quantized once, not twice"
@@ -117,21 +139,54 @@ def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | 
     return found if isinstance(found, str) else None
 
 
+def why_not_int(spec: PackedSpec, input: InputSpec) -> str | None:
+    """Reason why a layer that quantizes its input cannot be run, or None."""
+    weight, seen = spec.scheme.weight, input.tensor
+    if not all(isinstance(grid, IntGrid) and grid.is_signed for grid in (weight.numbers(), seen.numbers())):
+        return f"multiplies signed integers, this layer {weight.grid} and {seen.grid}"
+    if weight.blocks.sides(spec.shape) != (1, spec.shape[1]) or isinstance(weight.scale, TensorSpec):
+        return "multiplies integers of weights with one scale for each row"
+    if seen.zero or seen.blocks != (Blocks(1, -1) if input.dynamic else Blocks(-1, -1)):
+        return "multiplies integers of inputs with one scale for each token, or for all, and no zero point"
+    if "order" in spec.names and spec.outliers:
+        return "does not keep columns of inputs that are quantized in another order"
+    if spec.layout == "dense" and weight.numbers().bits != 4:
+        return f"multiplies integers of 4 and 8 bits, the weight has {weight.numbers().bits}"
+    if spec.shape[1] > MOST_COLUMNS:
+        return f"adds up to {MOST_COLUMNS} products of integers in 32 bits, the weight has {spec.shape[1]} columns"
+    return None
+
+
 def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
     """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`."""
     tensors = dict(zip(spec.names, packed, strict=True))
+    found = library()
+    assert isinstance(found, Library)
+    weight, offset = describe(tensors, spec), None if bias is None else bias.float().contiguous()
     kept = None
-    if spec.outliers:
+    if spec.scheme.input is None and spec.outliers:
         # Their codes stand for something else: the columns take part in floating point only.
         index = tensors["outlier_index"].long()
         kept = F.linear(x.index_select(-1, index), tensors["outlier_weight"].to(x.dtype))
         x = x.index_fill(-1, index, 0)
     if "order" in tensors:
         x = x.index_select(-1, tensors["order"])
-    found = library()
-    assert isinstance(found, Library)
-    y = found.linear(x.contiguous(), describe(tensors, spec), None if bias is None else bias.float().contiguous())
+    seen = None if spec.scheme.input is None else describe_input(tensors, spec, spec.scheme.input)
+    y = found.linear(x.contiguous(), weight, offset, seen)
     return y if kept is None else y + kept
+
+
+def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpec) -> Input:
+    """How the library quantizes the input of a layer; like a `Weight`, it holds addresses."""
+    levels = input.tensor.numbers().levels()
+    described = Input(low=float(levels[0]), high=float(levels[-1]), split=input.split or math.inf)
+    if not input.dynamic:
+        described.scale = float(tensors[INPUT_NAMES[0]])
+    if spec.outliers:
+        weight = tensors["outlier_weight"]
+        described.outlier_count, described.outliers = spec.outliers, tensors["outlier_index"].data_ptr()
+        described.outlier_weight, described.outlier_type = weight.data_ptr(), TYPES[weight.dtype]
+    return described
 
 
 def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:

@@ -52,7 +52,13 @@ int linear(const Problem &p) {
     return portable_linear(p, decode_levels);
 }
 
-const Isa ISA = {"avx2", supported, linear};
+int linear_int(const Problem &p, const hfq_input &input) {
+    if (p.weight.bits == 4) return portable_linear_int(p, input, decode_nibbles);
+    if (p.weight.bits == 8) return portable_linear_int(p, input, decode_bytes);
+    return portable_linear_int(p, input, decode_levels);
+}
+
+const Isa ISA = {"avx2", supported, linear, linear_int};
 
 }  // namespace
 

@@ -1,6 +1,7 @@
-// flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512bf16 -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized
+// flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512bf16 -mavx512vnni -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized
 // AVX-512 with VBMI and BF16 (Zen 4, Sapphire Rapids and later): bfloat16 inputs meet bfloat16 weights in
 // `vdpbf16ps`, which adds up in float32; other inputs are computed in float32.
+#include "avx512_int8.h"
 #include "avx512_matvec.h"
 #include "avx512_panel.h"
 
@@ -8,7 +9,7 @@ namespace {
 
 bool supported() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
@@ -64,7 +65,11 @@ int linear(const Problem &p) {
     }
 }
 
-const Isa ISA = {"avx512_bf16", supported, linear};
+int linear_int(const Problem &p, const hfq_input &input) {
+    return p.weight.bits == 4 ? linear_int_of<4>(p, input) : linear_int_of<8>(p, input);
+}
+
+const Isa ISA = {"avx512_bf16", supported, linear, linear_int};
 
 }  // namespace
 

@@ -67,3 +67,9 @@ int hfq_linear(const hfq_weight *weight, const void *x, const float *bias, void 
     const Isa *isa = chosen();
     return isa ? isa->linear(Problem{*weight, x, bias, y, m, type, threads}) : -1;
 }
+
+int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias, void *y,
+                   int64_t m, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->linear_int(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
+}

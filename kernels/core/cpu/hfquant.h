@@ -35,6 +35,18 @@ typedef struct hfq_weight {
     int32_t scale_type;       /* hfq_type */
 } hfq_weight;
 
+/* How a layer quantizes its input: to integers, with one scale for each row of x, found at run time, or one for all.
+ * Columns that hold a magnitude of at least `split` in any row, and those of `outliers`, take part in floating point. */
+typedef struct hfq_input {
+    float low, high;              /* of the integers, such as -128 and 127 */
+    float scale;                  /* for all rows; 0 to take largest magnitude / high of each row */
+    float split;                  /* infinity for none */
+    int64_t outlier_count;
+    const int32_t *outliers;      /* columns, sorted */
+    const uint16_t *outlier_weight;  /* [n, outlier_count]: what the weight is there, */
+    int32_t outlier_type;            /* bfloat16 or float16 */
+} hfq_input;
+
 /* Version of this interface, to be compared with HFQ_ABI. */
 HFQ_EXPORT int hfq_abi(void);
 
@@ -52,6 +64,11 @@ HFQ_EXPORT const char *hfq_isas(void);
  * memory ran out or no instruction set is in use. `threads`: how many to use at most. */
 HFQ_EXPORT int hfq_linear(const hfq_weight *weight, const void *x, const float *bias, void *y, int64_t m, int type,
                           int threads);
+
+/* The same for a layer that quantizes its input. The weight has integer levels of 4 or 8 bits, a scale for each row
+ * and no zero points. Integer products are exact. A row of x with a value that is not finite gives NaN. */
+HFQ_EXPORT int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
+                              void *y, int64_t m, int type, int threads);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,7 @@ struct Isa {
     const char *name;
     bool (*supported)();
     int (*linear)(const Problem &problem);
+    int (*linear_int)(const Problem &problem, const hfq_input &input);
 };
 
 // Weak: a source whose instructions the compiler does not know is not in the library.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "quantized_input.h"
 #include "threads.h"
 
 namespace {
@@ -47,6 +48,56 @@ int portable_linear(const Problem &p, const Decode &decode) {
             for (int64_t m = 0; m < p.m; m++) {
                 const float sum = dot(x.data + m * w.k, row.data, w.k) + (p.bias ? p.bias[n] : 0.0f);
                 store(p.y, m * w.n + n, p.type, sum);
+            }
+        }
+    }
+    return failed;
+}
+
+// Products of integers in int32; `decode` as above.
+template <class Decode>
+int portable_linear_int(const Problem &p, const hfq_input &input, const Decode &decode) {
+    const hfq_weight &w = p.weight;
+    Buffer<uint8_t> large(w.k);
+    Buffer<int32_t> x(p.m * w.k);
+    Buffer<float> scales(p.m), row(w.k);
+    if (!large.data || !x.data || !scales.data || !row.data) return -1;
+    std::memset(large.data, 0, w.k);
+    for (int64_t m = 0; m < p.m; m++) mark_large(p, m, input.split, large.data);
+    const Kept kept(input, large.data, w.k);
+    Buffer<float> apart(p.m * kept.count);  // the kept columns of x
+    if (!kept.columns.data || !kept.stored.data || !apart.data) return -1;
+    for (int64_t m = 0; m < p.m; m++) {
+        for (int64_t j = 0; j < w.k; j++) row.data[j] = load(p.x, m * w.k + j, p.type);
+        for (int64_t i = 0; i < kept.count; i++) {
+            apart.data[m * kept.count + i] = row.data[kept.columns.data[i]];
+            row.data[kept.columns.data[i]] = 0;
+        }
+        scales.data[m] = quantize_row(row.data, w.k, input, [&](int64_t j, int32_t q) { x.data[m * w.k + j] = q; });
+    }
+    int failed = 0;
+#pragma omp parallel num_threads(p.threads)
+    {
+        Buffer<float> levels(w.k), outliers(kept.count);
+        Buffer<int32_t> weights(w.k);
+        const bool ready = levels.data && outliers.data && weights.data;
+        if (!ready) {
+#pragma omp atomic write
+            failed = -1;
+        }
+        const Share rows(w.n, 1, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t n = rows.first; ready && n < rows.last; n++) {
+            float scale;
+            row_scales(w, n, &scale);
+            decode(w, w.codes + n * w.row_bytes, 0, w.k, levels.data);
+            for (int64_t j = 0; j < w.k; j++) weights.data[j] = int32_t(levels.data[j]);
+            for (int64_t i = 0; i < kept.count; i++) outliers.data[i] = kept.weight(w, input, n, scale, i);
+            for (int64_t m = 0; m < p.m; m++) {
+                int32_t sum = 0;
+                for (int64_t j = 0; j < w.k; j++) sum += x.data[m * w.k + j] * weights.data[j];
+                float value = float(sum) * (scale * scales.data[m]);
+                for (int64_t i = 0; i < kept.count; i++) value += apart.data[m * kept.count + i] * outliers.data[i];
+                store(p.y, m * w.n + n, p.type, value + (p.bias ? p.bias[n] : 0.0f));
             }
         }
     }

@@ -7,7 +7,9 @@ bool supported() { return true; }
 
 int linear(const Problem &p) { return portable_linear(p, decode_levels); }
 
-const Isa ISA = {"scalar", supported, linear};
+int linear_int(const Problem &p, const hfq_input &input) { return portable_linear_int(p, input, decode_levels); }
+
+const Isa ISA = {"scalar", supported, linear, linear_int};
 
 }  // namespace
 
