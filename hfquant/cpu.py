@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from .blocks import Blocks
 from .build import cpu_library
-from .errors import UnsupportedError
+from .errors import FormatError, UnsupportedError
 from .grids import IntGrid
 from .grids import grid as named
 from .kernel import Kernel
 from .layouts import INPUT_NAMES
+from .packing import packed_width
 from .spec import InputSpec, PackedSpec, TensorSpec
 
 ABI = 1
@@ -94,8 +95,11 @@ class Library:
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, input: Input | None = None) -> Tensor:
         """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32; `input`: how `x` is quantized.
 
-        Raises MemoryError.
+        Raises MemoryError, and RuntimeError, as torch does, if the shapes do not fit.
         """
+        if x.shape[-1] != weight.k or (bias is not None and bias.numel() != weight.n):
+            given = f"{tuple(x.shape)}" + ("" if bias is None else f" and a bias of {bias.numel()}")
+            raise RuntimeError(f"a weight of {weight.n} x {weight.k} cannot take an input of shape {given}")
         y = x.new_empty(*x.shape[:-1], weight.n)
         at = None if bias is None else bias.data_ptr()
         rows = y.numel() // weight.n if weight.n else 0
@@ -190,22 +194,28 @@ def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpe
 
 
 def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
-    """The weight as the library sees it; it holds addresses, so the tensors must outlive it."""
+    """The weight as the library sees it; it holds addresses, so the tensors must outlive it.
+
+    Raises FormatError if there are fewer codes or scales than the shape needs: the library reads what it is told to.
+    """
     weight = Weight.from_buffer_copy(_frame(spec))
-    weight.codes = tensors["codes"].data_ptr()
-    weight.row_bytes = tensors["codes"].shape[1]
-    levels = tensors.get("levels")
-    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if levels is None else _padded(weight, levels)
+    weight.codes = _hold(weight, tensors["codes"], spec.shape[0] * weight.row_bytes, "codes")
+    table = tensors.get("levels")
+    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if table is None else _hold(weight, _padded(table))
+    counts = spec.scheme.weight.blocks.counts(spec.shape)
     if "zero" in tensors:
-        weight.zero = tensors["zero"].data_ptr()
-    if "scale" in tensors:
-        weight.scale, weight.scale_type = tensors["scale"].data_ptr(), TYPES[tensors["scale"].dtype]
-    else:
-        inner = spec.scheme.weight.scale
-        assert isinstance(inner, TensorSpec)
-        weight.scale_codes = tensors["scale_codes"].data_ptr()
+        needed = counts[0] * packed_width(counts[1], weight.zero_bits)
+        weight.zero = _hold(weight, tensors["zero"], needed, "zero points")
+    inner = spec.scheme.weight.scale
+    if isinstance(inner, TensorSpec):
+        row = (1, counts[0] * counts[1])
+        outer = inner.blocks.counts(row)
+        weight.scale_codes = _hold(weight, tensors["scale_codes"], row[1], "scales")
         weight.scale_levels = levels_of(inner.grid).data_ptr()
-        weight.scale_scale = _hold(weight, tensors["scale_scale"].float())
+        weight.scale_scale = _hold(weight, tensors["scale_scale"].float(), outer[1], "scales of scales")
+    else:
+        weight.scale = _hold(weight, tensors["scale"], counts[0] * counts[1], "scales")
+        weight.scale_type = TYPES[tensors["scale"].dtype]
     return weight
 
 
@@ -216,6 +226,7 @@ def _frame(spec: PackedSpec) -> bytes:
     weight = Weight(n=spec.shape[0], k=spec.shape[1], group=columns, scale_height=rows)
     weight.zero_bits = spec.scheme.weight.numbers().bits
     weight.bits = weight.zero_bits if spec.layout == "dense" else 8
+    weight.row_bytes = packed_width(spec.shape[1], weight.bits)
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec):
         counts = spec.scheme.weight.blocks.counts(spec.shape)
@@ -231,13 +242,16 @@ def levels_of(grid: str) -> Tensor:
     return table
 
 
-def _padded(weight: Weight, levels: Tensor) -> int:
-    """Address of a fitted table."""
-    return _hold(weight, F.pad(levels, (0, max(0, 256 - levels.numel()))))
+def _padded(levels: Tensor) -> Tensor:
+    """A fitted table with as many entries as there are bytes."""
+    return F.pad(levels, (0, max(0, 256 - levels.numel())))
 
 
-def _hold(weight: Weight, tensor: Tensor) -> int:
-    """Address of a tensor that lives as long as the weight."""
+def _hold(weight: Weight, tensor: Tensor, needed: int = 0, what: str = "") -> int:
+    """Address of a tensor, or of a copy without gaps, that lives as long as the weight."""
+    if tensor.numel() < needed:
+        raise FormatError(f"a packed weight of {weight.n} x {weight.k} needs {needed} {what}, found {tensor.numel()}")
+    tensor = tensor.contiguous()
     weight.__dict__.setdefault("held", []).append(tensor)
     return tensor.data_ptr()
 

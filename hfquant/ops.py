@@ -89,7 +89,13 @@ torch.library.register_autograd("hfquant::linear", _backward, setup_context=_sav
 
 
 def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    """y [..., N] of x [..., K] through a packed weight; differentiable in `x` and `bias`."""
+    """y [..., N] of x [..., K] through a packed weight; differentiable in `x` and `bias`.
+
+    Computes in the dtype of `x`, or under autocast in its dtype, as a dense layer does.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
     return torch.ops.hfquant.linear(x, packed, bias, spec)
 
 

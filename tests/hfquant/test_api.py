@@ -261,7 +261,7 @@ def kernels():
     added = (
         Kernel("on-tpu", "dense", "tpu", REFERENCE.run, priority=30),
         Kernel("picky", "dense", "cpu", REFERENCE.run, lambda spec, dtype, capability: reason, priority=20),
-        Kernel("good", "dense", "cpu", REFERENCE.run, priority=10),
+        Kernel("good", "dense", "cpu", REFERENCE.run, priority=15),
         Kernel("slow", "bytes", "cpu", REFERENCE.run, priority=-5),
     )
     backend = Backend("kernels-of-a-test", kernels=added)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hfquant import ops
 from hfquant.blocks import Blocks
+from hfquant.kernel import use_kernel
 from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
 from hfquant.spec import InputSpec, Scheme, TensorSpec
@@ -114,8 +115,11 @@ def test_autocast_computes_in_the_lower_dtype_as_for_a_dense_layer(dtype):
     with torch.autocast("cpu", dtype=dtype):
         y = ops.linear(x, packed, bias, key)
         expected = F.linear(x, w, bias)
-    assert y.dtype == expected.dtype == dtype
-    torch.testing.assert_close(y, expected)
+        with use_kernel("reference"):
+            same = ops.linear(x, packed, bias, key)
+    assert y.dtype == same.dtype == expected.dtype == dtype
+    torch.testing.assert_close(same, expected)
+    assert (y - expected).norm() <= 0.01 * expected.norm()  # kernels round elsewhere
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
     torch.testing.assert_close(x.grad, w.sum(0).expand(5, 64), rtol=0.02, atol=0.2 if dtype == torch.bfloat16 else 0.02)
