@@ -23,7 +23,7 @@ from .build import cpu_library
 from .errors import FormatError, UnsupportedError
 from .grids import IntGrid
 from .grids import grid as named
-from .kernel import Kernel
+from .kernel import Bound, Kernel
 from .layouts import INPUT_NAMES
 from .packing import packed_width
 from .spec import InputSpec, PackedSpec, TensorSpec
@@ -152,6 +152,8 @@ def why_not_int(spec: PackedSpec, input: InputSpec) -> str | None:
         return "multiplies integers of weights with one scale for each row"
     if seen.zero or seen.blocks != (Blocks(1, -1) if input.dynamic else Blocks(-1, -1)):
         return "multiplies integers of inputs with one scale for each token, or for all, and no zero point"
+    if input.dynamic and seen.scale != "float32":
+        return f"has float32 scales for inputs, this layer rounds them to {seen.scale}"
     if "order" in spec.names and spec.outliers:
         return "does not keep columns of inputs that are quantized in another order"
     if spec.layout == "dense" and weight.numbers().bits != 4:
@@ -163,27 +165,41 @@ def why_not_int(spec: PackedSpec, input: InputSpec) -> str | None:
 
 def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
     """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`."""
+    return bind(packed, spec)(x, packed, bias)
+
+
+def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
+    """The same for one weight: what does not depend on the input is done once."""
     tensors = dict(zip(spec.names, packed, strict=True))
     found = library()
     assert isinstance(found, Library)
-    weight, offset = describe(tensors, spec), None if bias is None else bias.float().contiguous()
-    kept = None
-    if spec.scheme.input is None and spec.outliers:
-        # Their codes stand for something else: the columns take part in floating point only.
-        index = tensors["outlier_index"].long()
-        kept = F.linear(x.index_select(-1, index), tensors["outlier_weight"].to(x.dtype))
-        x = x.index_fill(-1, index, 0)
-    if "order" in tensors:
-        x = x.index_select(-1, tensors["order"])
+    weight = describe(tensors, spec)
     seen = None if spec.scheme.input is None else describe_input(tensors, spec, spec.scheme.input)
-    y = found.linear(x.contiguous(), weight, offset, seen)
-    return y if kept is None else y + kept
+    order = spec.names.index("order") if "order" in tensors else None
+
+    def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
+        if order is not None:
+            x = x.index_select(-1, packed[order])
+        return found.linear(x.contiguous(), weight, None if bias is None else bias.float().contiguous(), seen)
+
+    if seen is not None or not spec.outliers:
+        return linear
+    columns, kept = spec.names.index("outlier_index"), spec.names.index("outlier_weight")
+
+    def linear_and_outliers(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
+        # The codes of these columns stand for something else: they take part in floating point only.
+        index = packed[columns].long()
+        apart = F.linear(x.index_select(-1, index), packed[kept].to(x.dtype))
+        return linear(x.index_fill(-1, index, 0), packed, bias) + apart
+
+    return linear_and_outliers
 
 
 def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpec) -> Input:
     """How the library quantizes the input of a layer; like a `Weight`, it holds addresses."""
     levels = input.tensor.numbers().levels()
-    described = Input(low=float(levels[0]), high=float(levels[-1]), split=input.split or math.inf)
+    split = math.inf if input.split is None else input.split
+    described = Input(low=float(levels[0]), high=float(levels[-1]), split=split)
     if not input.dynamic:
         described.scale = float(tensors[INPUT_NAMES[0]])
     if spec.outliers:
@@ -212,7 +228,10 @@ def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
         outer = inner.blocks.counts(row)
         weight.scale_codes = _hold(weight, tensors["scale_codes"], row[1], "scales")
         weight.scale_levels = levels_of(inner.grid).data_ptr()
-        weight.scale_scale = _hold(weight, tensors["scale_scale"].float(), outer[1], "scales of scales")
+        factors = tensors["scale_scale"]
+        weight.scale_scale = _hold(
+            weight, factors.float(), outer[1] if factors.dtype == torch.float32 else 0, "scales of scales"
+        )
     else:
         weight.scale = _hold(weight, tensors["scale"], counts[0] * counts[1], "scales")
         weight.scale_type = TYPES[tensors["scale"].dtype]
@@ -248,12 +267,14 @@ def _padded(levels: Tensor) -> Tensor:
 
 
 def _hold(weight: Weight, tensor: Tensor, needed: int = 0, what: str = "") -> int:
-    """Address of a tensor, or of a copy without gaps, that lives as long as the weight."""
+    """Address of a tensor, or of a copy without gaps, which lives as long as the weight."""
     if tensor.numel() < needed:
         raise FormatError(f"a packed weight of {weight.n} x {weight.k} needs {needed} {what}, found {tensor.numel()}")
-    tensor = tensor.contiguous()
-    weight.__dict__.setdefault("held", []).append(tensor)
-    return tensor.data_ptr()
+    if needed and tensor.is_contiguous():
+        return tensor.data_ptr()
+    copy = tensor.contiguous()
+    weight.__dict__.setdefault("held", []).append(copy)
+    return copy.data_ptr()
 
 
-KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10)
+KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind)

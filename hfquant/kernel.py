@@ -22,6 +22,8 @@ from .tables import Table
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
+Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
+"""(x, packed, bias) -> y for one packed weight."""
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -36,7 +38,8 @@ class Kernel:
     `layout` and `device` ("cpu", "cuda", ...) say what it is for, "*" for any. `run(x, packed, bias, spec)` computes
     y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
     compute capability or None. The kernel with the highest `priority` that does not decline is used. Kernels know
-    nothing of rotated weights: their input is rotated before `run`.
+    nothing of rotated weights: their input is rotated before `run`. `bind(packed, spec)` may do once what `run` does at
+    every call for the same tensors; what it returns must not keep them alive.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Kernel:
     run: Run
     why_not: WhyNot = _always
     priority: int = 0
+    bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")
@@ -77,13 +81,19 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
 
     Raises UnsupportedError if only the reference kernel can, under HFQUANT_STRICT=1 and outside of `use_kernel`.
     """
-    forced, spec = _forced.get(), PackedSpec.parse(key)
-    kernel = choose(key, x.device, x.dtype, forced)
-    if kernel is REFERENCE and forced is None:
-        _report_fallback(spec, x.device, x.dtype)
+    kernel, spec = best(key, x.device, x.dtype), PackedSpec.parse(key)
     if spec.rotated and kernel is not REFERENCE:
         x, spec = hadamard(x).to(x.dtype), replace(spec, rotated=False)
     return kernel.run(x, packed, bias, spec)
+
+
+def best(key: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel that runs a weight at this point. Raises like `run_linear`."""
+    forced = _forced.get()
+    kernel = choose(key, device, dtype, forced)
+    if kernel is REFERENCE and forced is None:
+        _report_fallback(PackedSpec.parse(key), device, dtype)
+    return kernel
 
 
 @lru_cache(maxsize=4096)

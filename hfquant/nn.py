@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import ops
+from .binding import Binding, is_plain
 from .errors import FormatError
 from .layouts import LAYOUTS, unpack
 from .qtensor import QTensor
@@ -151,10 +152,14 @@ class QLinear(PackedModule, nn.Linear):
         self._start(dtype)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", bias)
+        self._binding = Binding()
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs [..., out_features] in the dtype of `input` [..., in_features]."""
-        return ops.linear(input, self.packed(), self.bias, self.key)
+        packed, bias = self.packed(), self._parameters["bias"]
+        if is_plain(input) and (y := self._binding.run(input, packed, bias, self.key)) is not None:
+            return y
+        return ops.linear(input, packed, bias, self.key)
 
 
 class QEmbedding(PackedModule, nn.Embedding):

@@ -1,0 +1,62 @@
+"""The short way from a layer to its kernel, for inference: what can be looked up once is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hadamard import hadamard
+from .kernel import Bound, Kernel, best
+from .spec import PackedSpec
+
+
+class Binding:
+    """The kernel of one layer, bound to its packed tensors until another kernel is chosen or one of them changes.
+
+    Copies start unbound: a binding holds addresses.
+    """
+
+    def __init__(self) -> None:
+        self._to: tuple[Any, ...] | None = None
+        self._run: Bound | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return Binding()
+
+    def __reduce__(self) -> tuple[type[Binding], tuple[()]]:
+        return Binding, ()
+
+    def run(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -> Tensor | None:
+        """y [..., N] of `x` [..., K], or None if the kernel has nothing to bind. Raises like `run_linear`."""
+        kernel = best(key, x.device, x.dtype)
+        if kernel.bind is None:
+            return None
+        to = (kernel, *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed))
+        if to != self._to:
+            self._run, self._to = _bound(kernel, packed, PackedSpec.parse(key)), to
+        assert self._run is not None
+        return self._run(x, packed, bias)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody watches operators here: no gradients, no compiler, no tracer, no tensor subclass."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _bound(kernel: Kernel, packed: list[Tensor], spec: PackedSpec) -> Bound:
+    assert kernel.bind is not None
+    if not spec.rotated:
+        return kernel.bind(packed, spec)
+    run = kernel.bind(packed, replace(spec, rotated=False))
+    return lambda x, packed, bias: run(hadamard(x).to(x.dtype), packed, bias)
