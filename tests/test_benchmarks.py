@@ -31,7 +31,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["peers", "fpq_quality"])
+@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders"])
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
@@ -44,6 +44,15 @@ def test_fpq_keeps_its_bars() -> None:
     spent = json.loads((ROOT / "benchmarks/results/fpq_time.json").read_text())
     assert spent["small"]["ratio"] <= spent["small"]["bar"] == 3
     assert spent["large"]["hours"] <= spent["large"]["bar"] == 2
+
+
+def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:
+    tables = json.loads((ROOT / "benchmarks/results/fpq_encoders.json").read_text())["tables"]
+    assert set(tables) == {"BERT", "ViT", "ViT, spread"}
+    for lines in tables.values():
+        kl = {line["method"]: line["kl"] for line in lines if line["bits"] == "4/4/4" and line["samples"] == 128}
+        bound = min(value for method, value in kl.items() if method.startswith("MinMax"))
+        assert kl["FPQ"] < bound and kl["FPQ, Fisher"] < bound
 
 
 def test_what_the_documentation_says_about_other_packages_is_what_was_measured() -> None:
