@@ -64,6 +64,7 @@ class Library:
             raise UnsupportedError(f"the CPU kernels cannot be loaded: {error}", [_REBUILD]) from error
         self._c.hfq_isa.restype = self._c.hfq_isas.restype = c_char_p
         self._c.hfq_use.argtypes = [c_char_p]
+        self._c.hfq_read.restype, self._c.hfq_read.argtypes = c_int64, [c_void_p, c_int64, c_int]
         self._c.hfq_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
         self._c.hfq_linear_int.argtypes = [c_void_p, *self._c.hfq_linear.argtypes]
         if (found := self._c.hfq_abi()) != ABI:
@@ -91,6 +92,10 @@ class Library:
             yield
         finally:
             self._c.hfq_use(before.encode())
+
+    def read(self, words: Tensor) -> int:
+        """Read `words` int64 as fast as memory gives them: what reading weights is compared with. Returns their sum."""
+        return self._c.hfq_read(words.data_ptr(), words.numel(), torch.get_num_threads())
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, input: Input | None = None) -> Tensor:
         """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32; `input`: how `x` is quantized.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
-from hfquant import doctor
+from hfquant import cpu, doctor
 from hfquant.backend import Plugin
 from hfquant.build import LIBRARY, build_library
 from hfquant.doctor import BROKEN, NOTE, OK, Check, check_folder, check_library, check_requirement, examine, is_broken
@@ -68,7 +72,29 @@ def test_every_device_of_torch_has_a_line_about_kernels():
     checks = examine()
     devices = {check.name for check in checks if check.topic == "devices" and check.name != "accelerator"}
     assert "cpu" in devices and ("cuda" in devices) == torch.cuda.is_available()
-    assert {check.name for check in checks if check.topic == "kernels"} == devices | {"cpu library"}
+    assert {check.name for check in checks if check.topic == "kernels"} == devices | {"cpu library", "cpu instructions"}
+
+
+def test_the_instruction_set_in_use_is_named_with_the_others():
+    library = cpu.library()
+    assert not isinstance(library, str), library
+    for isa in library.isas():
+        with library.using(isa):
+            check = next(check for check in examine() if check.name == "cpu instructions")
+        assert (check.topic, check.state) == ("kernels", OK)
+        in_use, _, others = check.detail.partition("; HFQUANT_CPU_ISA can ask for ")
+        assert in_use == isa and others.split(", ") == [other for other in library.isas() if other != isa]
+
+
+def test_an_instruction_set_that_is_not_there_is_broken():
+    program = "from hfquant.doctor import examine; print(*(c.to_dict() for c in examine()), sep='\\n')"
+    environment = {**os.environ, "HFQUANT_CPU_ISA": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    checks = [Check(**ast.literal_eval(line)) for line in done.stdout.splitlines()]
+    broken = [check for check in checks if check.state == BROKEN]
+    assert [check.name for check in broken] == ["cpu instructions"]
+    assert "HFQUANT_CPU_ISA='nonsense'" in broken[0].detail and "choose from" in broken[0].detail
+    assert "scalar" in broken[0].detail
 
 
 def test_the_library_of_kernels_is_named_with_its_compiler(tmp_path, monkeypatch):

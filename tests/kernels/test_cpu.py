@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from hfquant import cpu
 from hfquant.blocks import Blocks
 from hfquant.errors import UnsupportedError
 from hfquant.kernel import KERNELS, choose, declined
-from hfquant.layouts import LAYOUTS, packed_spec, unpack
+from hfquant.layouts import unpack
 from hfquant.qtensor import Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
+
+from .problems import BOUND, DTYPES, GRIDS, assert_product, error, packed, problems, random_weight
 
 LIBRARY = cpu.library()
 assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
 ISAS = LIBRARY.isas()
-INTEGERS = ("int2", "uint2", "int3", "int4", "uint4", "int4n", "int5", "uint5", "int6", "int7", "int8", "uint8")
-FLOATS = ("e1m1", "e2m0", "e2m1", "e1m2", "e3m0", "e2m2", "e3m2", "e2m3", "e3m3", "e4m3", "e4m3fn", "e5m2ieee")
-GRIDS = (*INTEGERS, *FLOATS, "nf4", "fp4", "dyn8")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of the norm of the result, for inputs as models have them.
-BOUND = {torch.bfloat16: 3e-3, torch.float16: 6e-4, torch.float32: 1e-5}
-# Of sum |x w|, for any input and each result: half a last place of the result, of a weight where it is rounded to
-# bfloat16, and float32 sums.
-WORST = {torch.bfloat16: (1 + 2.0**-8) ** 2 - 1, torch.float16: 2.0**-11, torch.float32: 0.0}
-SUMS = 2.0**-20
 
 
 @pytest.fixture(params=ISAS)
@@ -40,73 +29,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def random_weight(shape: tuple[int, int], spec: TensorSpec, seed: int) -> QTensor:
-    """Any codes of a grid with scales of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = spec.blocks.counts(shape)
-    codes = torch.randint(spec.numbers().size, shape, generator=generator, dtype=torch.uint8)
-    scale: Any = torch.exp(torch.randn(counts, generator=generator)) / spec.numbers().top
-    if isinstance(spec.scale, TensorSpec):
-        row = (1, counts[0] * counts[1])
-        inner = torch.randint(spec.scale.numbers().size, row, generator=generator, dtype=torch.uint8)
-        outer = torch.rand(spec.scale.blocks.counts(row), generator=generator) + 0.5
-        scale = QTensor(inner, outer, None, None, spec.scale)
-    else:
-        scale = scale.to(spec.scale_dtype)
-    zero = None
-    if spec.zero:
-        zero = torch.randint(spec.numbers().size, counts, generator=generator, dtype=torch.uint8)
-    return QTensor(codes, scale, zero, None, spec)
-
-
-def packed(q: QTensor, layout: str) -> tuple[list[Tensor], PackedSpec]:
-    tensors = LAYOUTS.get(layout).pack(q)
-    return list(tensors.values()), packed_spec(tensors, layout, q.shape, Scheme(q.spec))
-
-
-def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """Norm of the error over that of the exact result."""
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert y.dtype == x.dtype and y.shape == exact.shape
-    return float((y.double() - exact).norm() / exact.norm().clamp_min(1e-300))
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[QTensor, str, Tensor, Tensor | None]:
-    grid = draw(st.sampled_from(GRIDS))
-    shape = draw(st.integers(16, 70)), draw(st.integers(1, 700))
-    columns = draw(st.sampled_from([-1, 8, 16, 32, 64, 128, 256, 12, 40, 96, 1]))
-    blocks = Blocks(draw(st.sampled_from([1, 1, 1, 16, -1])), columns)
-    how: Any = draw(st.sampled_from(["float32", "bfloat16", "float16", TensorSpec("dyn8", Blocks(1, 256))]))
-    if isinstance(how, TensorSpec) and blocks.rows != 1:
-        how = "bfloat16"
-    zero = grid.startswith("uint") and draw(st.booleans())
-    spec = TensorSpec(grid, blocks, zero, how)
-    layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits < 8 else "bytes"
-    seed = draw(st.integers(0, 2**31))
-    q = random_weight(shape, spec, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(draw(st.sampled_from([1, 2, 3, 4, 5, 7, 13, 30])), shape[1], generator=generator)
-    x[:, :: draw(st.integers(2, 50))] *= draw(st.sampled_from([0.0, 1e-3, 300.0]))
-    bias = torch.randn(shape[0], generator=generator) if draw(st.booleans()) else None
-    dtype = draw(st.sampled_from(DTYPES))
-    return q, layout, (x * 1e-3 if dtype == torch.float16 else x).to(dtype), bias  # float16 overflows early
-
-
 @pytest.mark.parametrize("name", ISAS)
 @settings(max_examples=120, deadline=None)
 @given(problem=problems())
 def test_the_product_is_that_of_the_dequantized_weight(name: str, problem: tuple) -> None:
-    q, layout, x, bias = problem
-    tensors, spec = packed(q, layout)
     with LIBRARY.using(name):
-        assert cpu.why_not(spec, x.dtype, None) is None
-        y = cpu.run(x, tensors, bias, spec)
-    weight, offset = q.dequantize().double(), torch.zeros(1).double() if bias is None else bias.double()
-    exact, terms = x.double() @ weight.T + offset, x.double().abs() @ weight.abs().T + offset.abs()
-    tiny = torch.finfo(x.dtype).smallest_normal * x.shape[1]
-    assert y.dtype == x.dtype
-    assert ((y.double() - exact).abs() <= (WORST[x.dtype] + SUMS) * terms + tiny).all()
+        assert_product(problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,7 +141,7 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(spec.key(), device, torch.bfloat16).name == "cpu"
     seen = Scheme(q.spec, InputSpec(TensorSpec("int8", Blocks(1, -1))))
     cases = {
-        "inputs in floating point": (PackedSpec("dense", (16, 64), seen, spec.names), torch.float32),
+        "one scale for each row": (PackedSpec("dense", (16, 64), seen, spec.names), torch.float32),
         "not torch.float64": (spec, torch.float64),
         "layouts bytes and dense": (PackedSpec("tiles", (16, 64), spec.scheme, spec.names), torch.float32),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hfquant import HfQuantConfig, ops
+from hfquant import HfQuantConfig, ops, use_kernel
 from hfquant.errors import SpecError
 from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
@@ -90,10 +90,12 @@ def test_without_a_threshold_it_is_integer_arithmetic(threshold: float | None) -
 
 
 def test_threshold_zero_is_full_precision() -> None:
-    w, x, bias = normal(48, 200).bfloat16(), with_outliers(normal(9, 200, seed=1), [3]), normal(48, seed=2)
-    assert torch.equal(linear(llm_int8(threshold=0), w, x, bias), F.linear(x, w.float(), bias))
-    half = w.half()
-    assert torch.equal(linear(llm_int8(threshold=0), half, x), F.linear(x, half.float()))
+    w, x, bias = normal(48, 200), with_outliers(normal(9, 200, seed=1), [3]), normal(48, seed=2)
+    for weight, offset in ((w.bfloat16(), bias), (w.half(), None)):
+        exact = F.linear(x, weight.float(), offset)
+        with use_kernel("reference"):
+            assert torch.equal(linear(llm_int8(threshold=0), weight, x, offset), exact)
+        torch.testing.assert_close(linear(llm_int8(threshold=0), weight, x, offset), exact, rtol=1e-5, atol=1e-5)
 
 
 @given(seed=seeds, threshold=st.floats(0.5, 30), columns=st.sets(st.integers(0, 59), max_size=7))

@@ -50,15 +50,16 @@ struct Nibbles {
 template <int BITS>
 inline __m512i spread(__m512i packed) {
     if (BITS == 8) return packed;
-    alignas(64) static const struct Tables {
-        uint8_t byte[64], shift[64];
-        Tables() {
+    struct Tables {
+        alignas(64) uint8_t byte[64] = {}, shift[64] = {};
+        constexpr Tables() {
             for (int i = 0; i < 64; i++) {
                 byte[i] = uint8_t((i / 8 * BITS + i % 8) & 63);  // eight codes are BITS bytes: a 64-bit part for each
                 shift[i] = uint8_t(i % 8 * BITS);
             }
         }
-    } tables;
+    };
+    static constexpr Tables tables;  // a table that is made at run time would be asked for each time whether it is made
     const __m512i parts = _mm512_permutexvar_epi8(_mm512_load_si512(tables.byte), packed);
     const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shift), parts);
     return _mm512_and_si512(codes, _mm512_set1_epi8((1 << BITS) - 1));
@@ -176,6 +177,80 @@ struct Scales {
         }
     };
 };
+
+// Four-bit codes whose chunk has 1, 2 or 4 scales, one row of them chunk by chunk: the tables of levels are scaled, not
+// the weights, so that (level - zero) * scale, rounded to bfloat16, costs no more than a lookup.
+template <int GROUPS>
+class ScaledNibbles {
+  public:
+    ScaledNibbles(const Scales<Nibbles> &scales, const float *all_levels, const float *row_scale, const float *row_zero,
+                  int64_t chunk)
+        : levels(_mm512_loadu_ps(all_levels)), scale(row_scale), zero(row_zero) {
+        alignas(64) uint16_t which[32];  // 16 times the scale of a word: the tables lie behind each other
+        for (int word = 0; word < 32; word++) which[word] = uint16_t(word * GROUPS / 32 * 16);
+        offset = _mm512_load_si512(which);
+        step = GROUPS == 1 ? scales.chunks_per_group : 1;
+        left = step - chunk % step;
+        skip(chunk / step * GROUPS);
+        make();
+    }
+
+    void decode(__m512i packed, __m512i *to) {
+        if (left == 0) {
+            make();
+            left = step;
+        }
+        left--;
+        to[0] = look_up(packed);
+        to[1] = look_up(_mm512_srli_epi16(packed, 4));
+        to[2] = look_up(_mm512_srli_epi16(packed, 8));
+        to[3] = look_up(_mm512_srli_epi16(packed, 12));
+    }
+
+  private:
+    __m512 levels;
+    const float *scale, *zero;
+    __m512i offset, first, second;
+    int64_t step, left;  // chunks with the same tables, and how many of them are left
+
+    void skip(int64_t groups) {
+        scale += groups;
+        zero += groups;
+    }
+
+    __m512 table(int group) const {
+        return _mm512_mul_ps(_mm512_sub_ps(levels, _mm512_set1_ps(zero[group])), _mm512_set1_ps(scale[group]));
+    }
+
+    __m512i pair(int low, int high) const { return (__m512i)_mm512_cvtne2ps_pbh(table(high), table(low)); }
+
+    // The tables of the next groups.
+    void make() {
+        if (GROUPS == 1) {
+            const __m256i once = (__m256i)_mm512_cvtneps_pbh(table(0));
+            first = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+        } else {
+            first = pair(0, 1);
+        }
+        if (GROUPS == 4) second = pair(2, 3);
+        skip(GROUPS);
+    }
+
+    __m512i look_up(__m512i codes) const {
+        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, first);
+        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
+        if (GROUPS == 2) return _mm512_permutexvar_epi16(at, first);
+        return _mm512_permutex2var_epi16(first, at, second);
+    }
+};
+
+// How many scales a chunk has, if that is one of the numbers that `ScaledNibbles` is made for; otherwise 0.
+template <class Codes>
+int scaled_groups(const Scales<Codes> &scales) {
+    if (Codes::VECTORS != 4) return 0;
+    if (scales.how == Spread::ONE) return 1;
+    return scales.how == Spread::FEW && (scales.per_chunk == 2 || scales.per_chunk == 4) ? int(scales.per_chunk) : 0;
+}
 
 // Bring a row of inputs [k] into the order of the codes: vectors of 32, `stride` vectors apart, zeros behind its end.
 template <class Codes>

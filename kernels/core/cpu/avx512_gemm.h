@@ -74,12 +74,15 @@ inline void tiles(int64_t inputs, const typename In::Type *x, const typename In:
     }
 }
 
+// Rows of inputs in a tile: as many as there are room for, spread evenly over the tiles.
+inline int64_t tile_inputs(int64_t m, int room = TILE_INPUTS) { return ceil_div(m, ceil_div(m, room)); }
+
 // Where input row m lies in memory of [m, width], and how many vectors its own ones are apart: tile after tile.
 struct InTile {
     int64_t offset, stride;
-    InTile(int64_t m, int64_t count, int64_t width, int lanes) {
-        const int64_t first = m / TILE_INPUTS * TILE_INPUTS, rest = count - first;
-        stride = rest < TILE_INPUTS ? rest : TILE_INPUTS;
+    InTile(int64_t m, int64_t count, int64_t width, int lanes, int room = TILE_INPUTS) {
+        const int64_t size = tile_inputs(count, room), first = m / size * size, rest = count - first;
+        stride = rest < size ? rest : size;
         offset = first * width + (m - first) * lanes;
     }
 };
@@ -128,7 +131,7 @@ int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t st
                 for (int64_t r = 0; r < rows; r++)
                     weights.decode(id, first + r, r, start, count,
                                    panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * In::LANES);
-                for (int64_t m = 0; m < p.m; m += TILE_INPUTS) {
+                for (int64_t m = 0; m < p.m; m += tile_inputs(p.m)) {
                     const InTile at(m, p.m, width, In::LANES);
                     for (int64_t r = 0; r < rows; r += TILE_ROWS)  // rows behind the last one are old ones, not used
                         tiles<In>(at.stride, x + at.offset + start * at.stride, panel.data + r * depth,

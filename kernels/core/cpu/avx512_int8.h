@@ -50,30 +50,47 @@ inline void int_tiles(int64_t inputs, const int8_t *x, int64_t vectors, const Co
     }
 }
 
-// The input of a call: integers in tiles, and per row their scale and sum.
+// Mark the columns that hold a magnitude of at least the split in any row.
+inline void mark_large512(const Problem &p, float split, uint8_t *large) {
+    const int64_t k = p.weight.k, lines = ceil_div(k, 64);
+    const __m512 bound = _mm512_set1_ps(split);
+#pragma omp parallel for num_threads(p.threads)
+    for (int64_t line = 0; line < lines; line++)  // a thread has columns of its own, and cache lines
+        for (int64_t j = line * 64; j < k && j < line * 64 + 64; j += 16) {
+            __mmask16 found = 0;
+            for (int64_t m = 0; m < p.m; m++) {
+                const __m512 values = _mm512_abs_ps(load_floats(p.x, m * k + j, k - j, p.type));
+                found |= _mm512_cmp_ps_mask(values, bound, _CMP_GE_OQ);
+            }
+            for (int64_t i = 0; i < 16 && j + i < k; i++) large[j + i] = uint8_t(found >> i & 1);
+        }
+}
+
+// The input of a call: integers in tiles of up to `room` rows, and per row their scale and sum.
 struct IntInput {
     const hfq_input &input;
     const int64_t width;
+    const int room;
     const Buffer<int8_t> x;   // [m, width]
     const Buffer<float> scale;
     const Buffer<int32_t> sum;  // of the integers
     const Kept &kept;
     const Buffer<float> apart;  // [m, kept.count]
 
-    IntInput(const Problem &p, const hfq_input &in, const Kept &k)
-        : input(in), width(ceil_div(p.weight.k, 64) * 64), x(p.m * width), scale(p.m), sum(p.m), kept(k),
+    IntInput(const Problem &p, const hfq_input &in, const Kept &k, int rows)
+        : input(in), width(ceil_div(p.weight.k, 64) * 64), room(rows), x(p.m * width), scale(p.m), sum(p.m), kept(k),
           apart(p.m * k.count) {}
 
     bool ready() const { return x.data && scale.data && sum.data && apart.data; }
 
     void quantize(const Problem &p, int64_t m, float *row) const {
         const int64_t k = p.weight.k;
-        for (int64_t j = 0; j < k; j++) row[j] = load(p.x, m * k + j, p.type);
+        for (int64_t j = 0; j < k; j += 16) _mm512_storeu_ps(row + j, load_floats(p.x, m * k + j, k - j, p.type));
         for (int64_t i = 0; i < kept.count; i++) {
             apart.data[m * kept.count + i] = row[kept.columns.data[i]];
             row[kept.columns.data[i]] = 0;
         }
-        const InTile at(m, p.m, width, 64);
+        const InTile at(m, p.m, width, 64, room);
         int8_t *to = x.data + at.offset;
         const float factor = row_scale(row, k);
         scale.data[m] = factor;
@@ -111,111 +128,132 @@ struct IntInput {
 template <int BITS>
 struct IntPanel {
     const hfq_weight &w;
-    int64_t vectors;
 
     __m512i load(int64_t row, int64_t i) const {
         const int64_t at = i * 8 * BITS, bytes = w.row_bytes - at;
+        _mm_prefetch(reinterpret_cast<const char *>(w.codes + row * w.row_bytes + at) + 1024, _MM_HINT_T0);
         return spread<BITS>(load_bytes(w.codes + row * w.row_bytes + at, bytes < 8 * BITS ? bytes : 8 * BITS));
     }
 };
 
-// What the floating-point columns add to the results of a panel: `weights` [kept.count, PANEL_ROWS].
-inline void add_kept(const IntInput &in, int64_t m, const float *weights, int64_t rows, float *values) {
-    const float *x = in.apart.data + m * in.kept.count;
-    for (int64_t r = 0; r < rows; r += 16) {
-        __m512 sum = _mm512_load_ps(values + r);
+// From the sums of a panel of rows to results; each thread has its own.
+struct IntResults {
+    const Problem &p;
+    const IntInput &in;
+    const int64_t most;  // rows of a panel, whole vectors
+    const Buffer<float> scale, values;
+    const Buffer<float> kept;  // [kept.count, most]: the weights of the floating-point columns
+
+    IntResults(const Problem &problem, const IntInput &input, int64_t rows)
+        : p(problem), in(input), most(rows), scale(most), values(most), kept(in.kept.count * most) {}
+
+    bool ready() const { return scale.data && values.data && kept.data; }
+
+    void load(int64_t first, int64_t rows) const {
+        std::memset(scale.data, 0, most * sizeof(float));
+        for (int64_t r = 0; r < rows; r++) row_scales(p.weight, first + r, scale.data + r);
         for (int64_t i = 0; i < in.kept.count; i++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), _mm512_load_ps(weights + i * PANEL_ROWS + r), sum);
-        _mm512_store_ps(values + r, sum);
+            for (int64_t r = 0; r < most; r++)
+                kept.data[i * most + r] = r < rows ? in.kept.weight(p.weight, in.input, first + r, scale.data[r], i) : 0;
     }
-}
+
+    // Results of input m for the rows that were loaded; of `sums` whole vectors are read.
+    void write(int64_t m, int64_t first, int64_t rows, const int32_t *sums) const {
+        const int32_t offset = -int32_t(p.weight.levels[0]);  // a code is its level and this
+        const __m512i back = _mm512_set1_epi32(offset * in.sum.data[m]);
+        const __m512 by = _mm512_set1_ps(in.scale.data[m]);
+        const float *x = in.apart.data + m * in.kept.count;
+        for (int64_t r = 0; r < rows; r += 16) {
+            const __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(sums + r), back);
+            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(_mm512_load_ps(scale.data + r), by));
+            for (int64_t i = 0; i < in.kept.count; i++)
+                value = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), _mm512_load_ps(kept.data + i * most + r), value);
+            _mm512_store_ps(values.data + r, value);
+        }
+        for (int64_t r = 0; r < rows; r += 16)
+            finish(p, m * p.weight.n + first + r, first + r, rows - r, values.data + r);
+    }
+};
 
 template <int BITS>
 int gemm_int(const Problem &p, const IntInput &in) {
     const hfq_weight &w = p.weight;
-    const int64_t vectors = in.width / 64;
-    const int32_t offset = -int32_t(w.levels[0]);  // a code is its level and this
     const bool copy = p.m > TILE_INPUTS;  // codes are read more than once: lay them out as the tiles want them
+    const int64_t depth = copy ? PANEL_BYTES : in.width;
     int failed = 0;
 #pragma omp parallel num_threads(p.threads)
     {
         const Share mine(w.n, TILE_ROWS, omp_get_thread_num(), omp_get_num_threads());
-        Buffer<uint8_t> panel(copy ? PANEL_ROWS * in.width : 0);
+        Buffer<uint8_t> panel(copy ? PANEL_ROWS * depth : 0);
         Buffer<int32_t> sums(p.m * PANEL_ROWS);
-        Buffer<float> kept(in.kept.count * PANEL_ROWS);
-        alignas(64) float scale[PANEL_ROWS], values[PANEL_ROWS];
-        const bool ready = panel.data && sums.data && kept.data;
+        const IntResults results(p, in, PANEL_ROWS);
+        const bool ready = panel.data && sums.data && results.ready();
         if (!ready) {
 #pragma omp atomic write
             failed = -1;
         }
-        const IntPanel<BITS> codes{w, vectors};
+        const IntPanel<BITS> codes{w};
         for (int64_t first = mine.first; ready && first < mine.last; first += PANEL_ROWS) {
             const int64_t rows = mine.last - first < PANEL_ROWS ? mine.last - first : PANEL_ROWS;
             std::memset(sums.data, 0, p.m * PANEL_ROWS * sizeof(int32_t));
-            std::memset(scale, 0, sizeof scale);
-            for (int64_t r = 0; r < rows; r++) row_scales(w, first + r, scale + r);
-            for (int64_t i = 0; i < in.kept.count; i++)
-                for (int64_t r = 0; r < PANEL_ROWS; r++)
-                    kept.data[i * PANEL_ROWS + r] = r < rows ? in.kept.weight(w, in.input, first + r, scale[r], i) : 0;
-            if (copy)
-                for (int64_t r = 0; r < rows; r++)
+            results.load(first, rows);
+            for (int64_t start = 0; start < in.width; start += depth) {
+                const int64_t count = in.width - start < depth ? in.width - start : depth, vectors = count / 64;
+                for (int64_t r = 0; copy && r < rows; r++) {
+                    uint8_t *to = panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * 64;
                     for (int64_t i = 0; i < vectors; i++)
-                        _mm512_store_si512(panel.data + r / TILE_ROWS * TILE_ROWS * in.width + (i * TILE_ROWS + r % TILE_ROWS) * 64,
-                                           codes.load(first + r, i));
-            for (int64_t m = 0; m < p.m; m += TILE_INPUTS) {
-                const InTile at(m, p.m, in.width, 64);
-                const int8_t *x = in.x.data + at.offset;
-                for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                    int32_t *to = sums.data + m * PANEL_ROWS + r;
-                    if (copy) {
-                        const uint8_t *from = panel.data + r * in.width;
-                        int_tiles(at.stride, x, vectors,
-                                  [&](int64_t i, int q) { return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64); }, to);
-                    } else {
+                        _mm512_store_si512(to + i * TILE_ROWS * 64, codes.load(first + r, start / 64 + i));
+                }
+                for (int64_t m = 0; m < p.m; m += tile_inputs(p.m)) {
+                    const InTile at(m, p.m, in.width, 64);
+                    const int8_t *x = in.x.data + at.offset + start * at.stride;
+                    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+                        int32_t *to = sums.data + m * PANEL_ROWS + r;
+                        const uint8_t *from = panel.data + r * depth;
                         const int64_t last = rows - 1;  // rows behind it are not there: results of theirs are not used
                         const auto row = [&](int q) { return first + (r + q < last ? r + q : last); };
-                        int_tiles(at.stride, x, vectors, [&](int64_t i, int q) { return codes.load(row(q), i); }, to);
+                        const auto copied = [&](int64_t i, int q) {
+                            _mm_prefetch(reinterpret_cast<const char *>(from) + (i * TILE_ROWS + q) * 64 + SOON, _MM_HINT_T0);
+                            return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64);
+                        };
+                        if (copy)
+                            int_tiles(at.stride, x, vectors, copied, to);
+                        else
+                            int_tiles(at.stride, x, vectors, [&](int64_t i, int q) { return codes.load(row(q), i); }, to);
                     }
                 }
             }
-            for (int64_t m = 0; m < p.m; m++) {
-                const __m512i back = _mm512_set1_epi32(offset * in.sum.data[m]);
-                const __m512 by = _mm512_set1_ps(in.scale.data[m]);
-                for (int64_t r = 0; r < PANEL_ROWS; r += 16) {
-                    const __m512i raw = _mm512_loadu_si512(sums.data + m * PANEL_ROWS + r);
-                    const __m512i exact = _mm512_sub_epi32(raw, back);
-                    const __m512 factor = _mm512_mul_ps(_mm512_load_ps(scale + r), by);
-                    _mm512_store_ps(values + r, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factor));
-                }
-                if (in.kept.count) add_kept(in, m, kept.data, rows, values);
-                for (int64_t r = 0; r < rows; r += 16) finish(p, m * w.n + first + r, first + r, rows - r, values + r);
-            }
+            for (int64_t m = 0; m < p.m; m++) results.write(m, first, rows, sums.data + m * PANEL_ROWS);
         }
     }
     return failed;
 }
 
-template <int BITS>
-int linear_int_of(const Problem &p, const hfq_input &input) {
+// Quantizes the input into tiles of up to `room` rows, and hands it to `multiply`.
+template <class Multiply>
+int linear_int_with(const Problem &p, const hfq_input &input, int room, const Multiply &multiply) {
     const hfq_weight &w = p.weight;
     Buffer<uint8_t> large(w.k);
     if (!large.data) return -1;
     std::memset(large.data, 0, w.k);
-    if (input.split < INFINITY) {
-        for (int64_t m = 0; m < p.m; m++) mark_large(p, m, input.split, large.data);
-    }
+    if (input.split < INFINITY) mark_large512(p, input.split, large.data);
     const Kept kept(input, large.data, w.k);
-    const IntInput in(p, input, kept);
-    Buffer<float> rows(w.k * p.threads);
+    const IntInput in(p, input, kept, room);
+    const int64_t room_of_row = w.k + 16;  // whole vectors are stored
+    Buffer<float> rows(room_of_row * p.threads);
     if (!kept.columns.data || !kept.stored.data || !in.ready() || !rows.data) return -1;
 #pragma omp parallel num_threads(p.threads)
     {
         const int id = omp_get_thread_num();
         const Share mine(p.m, 1, id, omp_get_num_threads());
-        for (int64_t m = mine.first; m < mine.last; m++) in.quantize(p, m, rows.data + w.k * id);
+        for (int64_t m = mine.first; m < mine.last; m++) in.quantize(p, m, rows.data + room_of_row * id);
     }
-    return gemm_int<BITS>(p, in);
+    return multiply(in);
+}
+
+template <int BITS>
+int linear_int_of(const Problem &p, const hfq_input &input) {
+    return linear_int_with(p, input, TILE_INPUTS, [&](const IntInput &in) { return gemm_int<BITS>(p, in); });
 }
 
 }  // namespace

@@ -10,37 +10,41 @@ namespace {
 // Scales and zero points of a panel of rows, for each thread.
 struct PanelScales {
     const hfq_weight &w;
+    const RowParameters row;
     const int64_t slots;
-    const Buffer<float> values;  // [threads, PANEL_ROWS, 2, slots]
+    const int64_t most;          // rows of a panel
+    const Buffer<float> values;  // [threads, most, 2, slots]
 
-    PanelScales(const hfq_weight &weight, int threads)
-        : w(weight), slots(ceil_div(w.k, w.group) + 16), values(threads * PANEL_ROWS * 2 * slots) {
-        if (values.data) std::memset(values.data, 0, threads * PANEL_ROWS * 2 * slots * sizeof(float));
+    PanelScales(const hfq_weight &weight, int threads, int64_t rows = PANEL_ROWS)
+        : w(weight), row(w), slots(RowParameters::slots(w)), most(rows), values(threads * most * 2 * slots) {
+        if (values.data) std::memset(values.data, 0, threads * most * 2 * slots * sizeof(float));
     }
-    float *scale(int thread, int64_t r) const { return values.data + (thread * PANEL_ROWS + r) * 2 * slots; }
+    float *scale(int thread, int64_t r) const { return values.data + (thread * most + r) * 2 * slots; }
     float *zero(int thread, int64_t r) const { return scale(thread, r) + slots; }
     void load(int thread, int64_t first, int64_t count) const {
-        for (int64_t r = 0; r < count; r++) row_parameters512(w, first + r, scale(thread, r), zero(thread, r));
+        for (int64_t r = 0; r < count; r++) row.load(first + r, scale(thread, r), zero(thread, r));
     }
 };
 
-// bfloat16 weights in the order of `Codes`: (level - zero) * scale, rounded once.
-template <class Codes>
+// bfloat16 weights in the order of `Codes`: (level - zero) * scale, rounded once. Vectors of a row are APART vectors apart.
+template <class Codes, int APART = TILE_ROWS>
 struct Bf16Rows : PanelScales {
     const Codes codes;
     const Scales<Codes> scales;
 
-    Bf16Rows(const hfq_weight &weight, const Levels &levels, int threads)
-        : PanelScales(weight, threads), codes(levels), scales(weight) {}
+    Bf16Rows(const hfq_weight &weight, const Levels &levels, int threads, int64_t rows = PANEL_ROWS)
+        : PanelScales(weight, threads, rows), codes(levels), scales(weight) {}
 
     bool ready() const { return values.data && scales.index.data; }
 
     void decode(int thread, int64_t row, int64_t r, int64_t start, int64_t count, bf16 *to) const {
         const float *s = scale(thread, r), *z = zero(thread, r);
         if constexpr (Codes::VECTORS == 4) {
-            if (scales.how == Spread::ONE) return lookup<1>(s, z, row, start, count, to);
-            if (scales.how == Spread::FEW && scales.per_chunk == 2) return lookup<2>(s, z, row, start, count, to);
-            if (scales.how == Spread::FEW && scales.per_chunk == 4) return lookup<4>(s, z, row, start, count, to);
+            switch (scaled_groups(scales)) {
+                case 1: return lookup<1>(s, z, row, start, count, to);
+                case 2: return lookup<2>(s, z, row, start, count, to);
+                case 4: return lookup<4>(s, z, row, start, count, to);
+            }
         }
         if (scales.how == Spread::ONE) return multiply<Spread::ONE>(s, z, row, start, count, to);
         if (scales.how == Spread::FEW) return multiply<Spread::FEW>(s, z, row, start, count, to);
@@ -64,7 +68,7 @@ struct Bf16Rows : PanelScales {
             const __m512 factor = factors.next(), offset = offsets.next();
             __m512i levels[Codes::VECTORS];
             codes.decode(chunk_of(row, chunk), levels);
-            for (int j = 0; j < Codes::VECTORS; j++, to += 32 * TILE_ROWS)
+            for (int j = 0; j < Codes::VECTORS; j++, to += 32 * APART)
                 _mm512_store_si512(to, scaled(levels[j], factor, offset));
         }
     }
@@ -81,41 +85,14 @@ struct Bf16Rows : PanelScales {
         return _mm512_permutexvar_epi16(weave, packed);
     }
 
-    // Four-bit codes whose chunk has 1, 2 or 4 scales: the tables of levels are scaled, not the weights.
     template <int GROUPS>
     void lookup(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to) const {
         const int64_t first = start / Codes::COLUMNS, last = (start + count) / Codes::COLUMNS;
-        const __m512 levels = _mm512_loadu_ps(w.levels);
-        const auto table = [&](int64_t g) {
-            return _mm512_mul_ps(_mm512_sub_ps(levels, _mm512_set1_ps(z[g])), _mm512_set1_ps(s[g]));
-        };
-        const auto pair = [&](int64_t g, int64_t h) { return (__m512i)_mm512_cvtne2ps_pbh(table(h), table(g)); };
-        alignas(64) uint16_t which[32];  // 16 times the scale of a word: the tables lie behind each other
-        for (int word = 0; word < 32; word++) which[word] = uint16_t(word * GROUPS / 32 * 16);
-        const __m512i offset = _mm512_load_si512(which), mask = _mm512_set1_epi16(15);
-        __m512i tables[2] = {};
-        int64_t held = -1;
-        for (int64_t chunk = first; chunk < last; chunk++, to += 128 * TILE_ROWS) {
-            const int64_t g = GROUPS == 1 ? chunk / scales.chunks_per_group : chunk * GROUPS;
-            if (g != held) {
-                tables[0] = GROUPS == 1 ? pair(g, g) : pair(g, g + 1);
-                if (GROUPS == 4) tables[1] = pair(g + 2, g + 3);
-                held = g;
-            }
-            const __m512i packed = chunk_of(row, chunk);
-            const __m512i shifted[4] = {packed, _mm512_srli_epi16(packed, 4), _mm512_srli_epi16(packed, 8),
-                                        _mm512_srli_epi16(packed, 12)};
-            for (int j = 0; j < 4; j++) {
-                __m512i values;
-                if (GROUPS == 1) {
-                    values = _mm512_permutexvar_epi16(shifted[j], tables[0]);
-                } else {
-                    const __m512i at = _mm512_ternarylogic_epi32(shifted[j], mask, offset, 0xEA);  // (a & b) | c
-                    values = GROUPS == 2 ? _mm512_permutexvar_epi16(at, tables[0])
-                                         : _mm512_permutex2var_epi16(tables[0], at, tables[1]);
-                }
-                _mm512_store_si512(to + 32 * TILE_ROWS * j, values);
-            }
+        ScaledNibbles<GROUPS> nibbles(scales, w.levels, s, z, first);
+        for (int64_t chunk = first; chunk < last; chunk++) {
+            __m512i values[4];
+            nibbles.decode(chunk_of(row, chunk), values);
+            for (int j = 0; j < 4; j++, to += 32 * APART) _mm512_store_si512(to, values[j]);
         }
     }
 };

@@ -7,9 +7,9 @@
 
 namespace {
 
-constexpr int COUNT = 3;
+constexpr int COUNT = 4;
 using Source = const Isa *(*)();
-const Source SOURCES[COUNT] = {hfq_avx512_bf16, hfq_avx2, hfq_scalar};  // best first
+const Source SOURCES[COUNT] = {hfq_amx, hfq_avx512_bf16, hfq_avx2, hfq_scalar};  // best first
 
 const Isa *usable(int index) {
     const Isa *isa = SOURCES[index] ? SOURCES[index]() : nullptr;

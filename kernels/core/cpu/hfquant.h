@@ -70,6 +70,9 @@ HFQ_EXPORT int hfq_linear(const hfq_weight *weight, const void *x, const float *
 HFQ_EXPORT int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
                               void *y, int64_t m, int type, int threads);
 
+/* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
+HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -25,4 +25,5 @@ extern "C" {
 __attribute__((weak)) const Isa *hfq_scalar();
 __attribute__((weak)) const Isa *hfq_avx2();
 __attribute__((weak)) const Isa *hfq_avx512_bf16();
+__attribute__((weak)) const Isa *hfq_amx();
 }

@@ -63,7 +63,7 @@ int portable_linear_int(const Problem &p, const hfq_input &input, const Decode &
     Buffer<float> scales(p.m), row(w.k);
     if (!large.data || !x.data || !scales.data || !row.data) return -1;
     std::memset(large.data, 0, w.k);
-    for (int64_t m = 0; m < p.m; m++) mark_large(p, m, input.split, large.data);
+    for (int64_t m = 0; input.split < INFINITY && m < p.m; m++) mark_large(p, m, input.split, large.data);
     const Kept kept(input, large.data, w.k);
     Buffer<float> apart(p.m * kept.count);  // the kept columns of x
     if (!kept.columns.data || !kept.stored.data || !apart.data) return -1;

@@ -1,0 +1,153 @@
+"""Products of a quantized weight that the CPU kernels are tried on, and how far from the exact result they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hfquant import cpu, reference
+from hfquant.blocks import Blocks
+from hfquant.layouts import LAYOUTS, pack_inputs, packed_spec, unpack_inputs
+from hfquant.qtensor import InputParams, Outliers, QTensor
+from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
+
+INTEGERS = ("int2", "uint2", "int3", "int4", "uint4", "int4n", "int5", "uint5", "int6", "int7", "int8", "uint8")
+FLOATS = ("e1m1", "e2m0", "e2m1", "e1m2", "e3m0", "e2m2", "e3m2", "e2m3", "e3m3", "e4m3", "e4m3fn", "e5m2ieee")
+GRIDS = (*INTEGERS, *FLOATS, "nf4", "fp4", "dyn8")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROWS = (1, 2, 3, 4, 5, 7, 13, 30)
+# Of the norm of the result, for inputs as models have them.
+BOUND = {torch.bfloat16: 3e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+HALF = 2.0**-8  # of a last place of bfloat16
+# Of sum |x w|, for any input and each result: half a last place of the result, of a weight where it is rounded to
+# bfloat16, and float32 sums.
+WORST = {torch.bfloat16: (1 + HALF) ** 2 - 1, torch.float16: 2.0**-11, torch.float32: 0.0}
+WORST_LEVELS = {**WORST, torch.bfloat16: (1 + HALF) ** 3 - 1}  # levels that bfloat16 does not have are rounded, too
+WORST_INT = {**WORST, torch.bfloat16: HALF}
+SUMS = 2.0**-20
+
+
+def random_weight(shape: tuple[int, int], spec: TensorSpec, seed: int) -> QTensor:
+    """Any codes of a grid with scales of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = spec.blocks.counts(shape)
+    codes = torch.randint(spec.numbers().size, shape, generator=generator, dtype=torch.uint8)
+    scale: Any = torch.exp(torch.randn(counts, generator=generator)) / spec.numbers().top
+    if isinstance(spec.scale, TensorSpec):
+        row = (1, counts[0] * counts[1])
+        inner = torch.randint(spec.scale.numbers().size, row, generator=generator, dtype=torch.uint8)
+        outer = torch.rand(spec.scale.blocks.counts(row), generator=generator) + 0.5
+        scale = QTensor(inner, outer, None, None, spec.scale)
+    else:
+        scale = scale.to(spec.scale_dtype)
+    zero = None
+    if spec.zero:
+        zero = torch.randint(spec.numbers().size, counts, generator=generator, dtype=torch.uint8)
+    return QTensor(codes, scale, zero, None, spec)
+
+
+def packed(
+    q: QTensor, layout: str, input: InputSpec | None = None, inputs: InputParams | None = None
+) -> tuple[list[Tensor], PackedSpec]:
+    """The tensors of a layer and what they are."""
+    scheme = Scheme(q.spec, input)
+    tensors = {**LAYOUTS.get(layout).pack(q), **pack_inputs(inputs, scheme)}
+    return list(tensors.values()), packed_spec(tensors, layout, q.shape, scheme)
+
+
+def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """Norm of the error over that of the exact result."""
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    return float((y.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def drawn_input(draw: st.DrawFn, rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers with columns of other sizes between them."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    x[:, :: draw(st.integers(2, 50))] *= draw(st.sampled_from([0.0, 1e-3, 300.0]))
+    return (x * 1e-3 if dtype == torch.float16 else x).to(dtype)  # float16 overflows early
+
+
+def drawn_bias(draw: st.DrawFn, rows: int, seed: int) -> Tensor | None:
+    """A bias, or none."""
+    return torch.randn(rows, generator=torch.Generator().manual_seed(seed)) if draw(st.booleans()) else None
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, rows: st.SearchStrategy[int] | None = None, dtypes: Sequence[torch.dtype] = DTYPES
+) -> tuple[QTensor, str, Tensor, Tensor | None]:
+    """A weight, its layout, an input in floating point and a bias."""
+    grid = draw(st.sampled_from(GRIDS))
+    shape = draw(st.integers(16, 70)), draw(st.integers(1, 700))
+    columns = draw(st.sampled_from([-1, 8, 16, 32, 64, 128, 256, 12, 40, 96, 1]))
+    blocks = Blocks(draw(st.sampled_from([1, 1, 1, 16, -1])), columns)
+    how: Any = draw(st.sampled_from(["float32", "bfloat16", "float16", TensorSpec("dyn8", Blocks(1, 256))]))
+    if isinstance(how, TensorSpec) and blocks.rows != 1:
+        how = "bfloat16"
+    zero = grid.startswith("uint") and draw(st.booleans())
+    spec = TensorSpec(grid, blocks, zero, how)
+    layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits < 8 else "bytes"
+    seed = draw(st.integers(0, 2**31))
+    dtype = draw(st.sampled_from(dtypes))
+    x = drawn_input(draw, draw(st.sampled_from(ROWS) if rows is None else rows), shape[1], dtype, seed + 1)
+    return random_weight(shape, spec, seed), layout, x, drawn_bias(draw, shape[0], seed + 2)
+
+
+def assert_product(problem: tuple[QTensor, str, Tensor, Tensor | None]) -> None:
+    """What `problems` draws, computed by the library in use, is the product of the dequantized weight."""
+    q, layout, x, bias = problem
+    tensors, spec = packed(q, layout)
+    assert cpu.why_not(spec, x.dtype, None) is None
+    levels = q.spec.numbers().levels()
+    worst = WORST if torch.equal(levels, levels.bfloat16().float()) else WORST_LEVELS
+    assert_close(cpu.run(x, tensors, bias, spec), x, q.dequantize(), bias, worst)
+
+
+@st.composite
+def int_problems(
+    draw: st.DrawFn, rows: st.SearchStrategy[int]
+) -> tuple[QTensor, str, InputSpec, InputParams | None, Tensor, Tensor | None]:
+    """A weight, its layout, how the input is quantized and its range if that is static, an input and a bias."""
+    grid = draw(st.sampled_from(["int8", "int8n", "int4", "int4n", "int3"]))
+    spec = TensorSpec(grid, Blocks(1, -1), False, draw(st.sampled_from(["float32", "bfloat16", "float16"])))
+    layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits == 4 else "bytes"
+    shape = draw(st.integers(16, 70)), draw(st.integers(1, 1300))
+    seed = draw(st.integers(0, 2**31))
+    q = random_weight(shape, spec, seed)
+    if kept := draw(st.integers(0, min(5, shape[1]))):
+        generator = torch.Generator().manual_seed(seed + 3)
+        index = torch.randperm(shape[1], generator=generator)[:kept].sort().values.int()
+        weight = torch.randn(shape[0], kept, generator=generator).to(draw(st.sampled_from(DTYPES[:2])))
+        q = replace(q, outliers=Outliers(index, weight))
+    seen, dynamic = draw(st.sampled_from(["int8", "int8n", "int4"])), draw(st.booleans())
+    split = draw(st.sampled_from([None, 3.0])) if dynamic else None
+    input = InputSpec(TensorSpec(seen, Blocks(1, -1) if dynamic else Blocks(-1, -1)), dynamic, split)
+    inputs = None if dynamic else InputParams(torch.tensor([draw(st.sampled_from([0.02, 0.3]))]))
+    dtype = draw(st.sampled_from(DTYPES))
+    x = drawn_input(draw, draw(rows), shape[1], dtype, seed + 1)
+    return q, layout, input, inputs, x, drawn_bias(draw, shape[0], seed + 2)
+
+
+def assert_int_product(problem: tuple) -> None:
+    """The same for `int_problems`: the product with what the reference says that the layer sees of its input."""
+    q, layout, input, inputs, x, bias = problem
+    tensors, spec = packed(q, layout, input, inputs)
+    assert cpu.why_not(spec, x.dtype, None) is None
+    seen = reference.quantize_input(x.float(), input, q.outliers, unpack_inputs(tensors, spec))
+    assert_close(cpu.run(x, tensors, bias, spec), seen, q.dequantize(), bias, WORST_INT)
+
+
+def assert_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, worst: dict[torch.dtype, float]) -> None:
+    """Each result is as near to x W^T + bias as its dtype allows."""
+    offset = torch.zeros(1).double() if bias is None else bias.double()
+    exact, terms = x.double() @ weight.double().T + offset, x.double().abs() @ weight.double().abs().T + offset.abs()
+    tiny = torch.finfo(y.dtype).smallest_normal * x.shape[1]
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= (worst[y.dtype] + SUMS) * terms + tiny).all()
