@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hadamard import hadamard
-from .kernel import Bound, Kernel, best
+from .kernel import Bound, Kernel, best, dtype_inside, rotate
 from .spec import PackedSpec
 
 
@@ -31,7 +30,7 @@ class Binding:
 
     def run(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -> Tensor | None:
         """y [..., N] of `x` [..., K], or None if the kernel has nothing to bind. Raises like `run_linear`."""
-        kernel = best(key, x.device, x.dtype)
+        kernel = best(key, x.device, dtype_inside(PackedSpec.parse(key), x.dtype))
         if kernel.bind is None:
             return None
         to = (kernel, *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed))
@@ -59,4 +58,4 @@ def _bound(kernel: Kernel, packed: list[Tensor], spec: PackedSpec) -> Bound:
     if not spec.rotated:
         return kernel.bind(packed, spec)
     run = kernel.bind(packed, replace(spec, rotated=False))
-    return lambda x, packed, bias: run(hadamard(x).to(x.dtype), packed, bias)
+    return lambda x, packed, bias: run(rotate(x, spec), packed, bias).to(x.dtype)

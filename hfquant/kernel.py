@@ -81,10 +81,21 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
 
     Raises UnsupportedError if only the reference kernel can, under HFQUANT_STRICT=1 and outside of `use_kernel`.
     """
-    kernel, spec = best(key, x.device, x.dtype), PackedSpec.parse(key)
-    if spec.rotated and kernel is not REFERENCE:
-        x, spec = hadamard(x).to(x.dtype), replace(spec, rotated=False)
-    return kernel.run(x, packed, bias, spec)
+    spec = PackedSpec.parse(key)
+    kernel = best(key, x.device, dtype_inside(spec, x.dtype))
+    if not spec.rotated or kernel is REFERENCE:
+        return kernel.run(x, packed, bias, spec)
+    return kernel.run(rotate(x, spec), packed, bias, replace(spec, rotated=False)).to(x.dtype)
+
+
+def rotate(x: Tensor, spec: PackedSpec) -> Tensor:
+    """The input of a rotated layer, as its kernel gets it."""
+    return hadamard(x).to(dtype_inside(spec, x.dtype))
+
+
+def dtype_inside(spec: PackedSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a kernel's input: that of the layer's, but what is rotated and then quantized is rounded once."""
+    return torch.float32 if spec.rotated and spec.scheme.input is not None else dtype
 
 
 def best(key: str, device: torch.device, dtype: torch.dtype) -> Kernel:

@@ -110,6 +110,18 @@ def test_quantized_input_is_the_rotated_one(columns: Tensor | None) -> None:
         torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_rotated_and_quantized_is_rounded_once(dtype: torch.dtype) -> None:
+    """Rounding the rotated input to 16 bits first would move values to other integers."""
+    module, x = layer(INPUTS), drawn(7, COLS, seed=1).to(dtype)
+    with use_kernel("reference"), torch.no_grad():
+        expected = module(x)
+    with torch.no_grad():
+        for y in (module(x), ops.linear(x, module.packed(), module.bias, module.key)):
+            assert y.dtype == dtype
+            assert (y - expected).float().norm() <= 1.5 * torch.finfo(dtype).eps * expected.float().norm()
+
+
 def test_one_large_channel_costs_a_rotated_layer_less() -> None:
     """Errors of the rounded inputs go down by up to sqrt(K / 2); those of the weights are left out."""
     given, bias = INPUTS.scheme.input, layer(INPUTS).bias
