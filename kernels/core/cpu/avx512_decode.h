@@ -28,7 +28,8 @@ struct Levels {
 
 // The first `bytes` bytes at `from`, up to 64; the others are 0.
 inline __m512i load_bytes(const uint8_t *from, int64_t bytes) {
-    return bytes <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(bytes < 64 ? ~0ull >> (64 - bytes) : ~0ull, from);
+    if (bytes >= 64) return _mm512_loadu_si512(from);
+    return bytes <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(~0ull >> (64 - bytes), from);
 }
 
 // Four-bit codes: a shift and a 16-bit lookup for 32 columns. Word i of vector j holds column 4 i + j of the chunk.
@@ -46,7 +47,7 @@ struct Nibbles {
     }
 };
 
-// 64 codes of BITS bits, one a byte, from 8 * BITS bytes.
+// 64 codes of BITS bits, one a byte, from the first 8 * BITS bytes.
 template <int BITS>
 inline __m512i spread(__m512i packed) {
     if (BITS == 8) return packed;

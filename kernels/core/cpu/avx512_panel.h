@@ -110,7 +110,7 @@ struct FloatRows : PanelScales {
         alignas(64) float plain[64];
         for (int64_t j = start; j < start + count; j += 64) {
             const int64_t at = j * BITS / 8, bytes = w.row_bytes - at;
-            const __m512i spread_out = spread<BITS>(load_bytes(codes + at, bytes < 8 * BITS ? bytes : 8 * BITS));
+            const __m512i spread_out = spread<BITS>(load_bytes(codes + at, bytes));
             _mm512_store_ps(plain, level(_mm512_castsi512_si128(spread_out)));
             _mm512_store_ps(plain + 16, level(_mm512_extracti32x4_epi32(spread_out, 1)));
             _mm512_store_ps(plain + 32, level(_mm512_extracti32x4_epi32(spread_out, 2)));
