@@ -10,7 +10,6 @@ own, with its files in memory. Writes results/cpu_decode.json and .md.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,7 +97,8 @@ def loaded(name: str, folder: str) -> None:
     model = load(name, Path(folder))
     model(torch.arange(4)[None])  # what is read when it is used belongs to it
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    print(json.dumps({"seconds": seconds, "peak_mb": int(status["VmHWM"].split()[0]) / 1e3}))
 
 
 @torch.no_grad()

@@ -136,12 +136,14 @@ def bitsandbytes(shape: tuple[int, int], tokens: Tensor, kind: str) -> Call:
     import bitsandbytes as bnb
 
     n, k = shape
+    values = torch.randn(shape, dtype=torch.bfloat16)
     if kind == "nf4":
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4", module=layer).to("cpu")
     else:
         layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
-    layer.load_state_dict({"weight": torch.randn(shape, dtype=torch.bfloat16)})
-    layer = layer.to("cpu")
+        layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to("cpu")
+    layer.eval()
     size = n * k // (2 if kind == "nf4" else 1)
     layers = [copy.deepcopy(layer) for _ in range(max(2, int(SET / size)))]
     for each in layers:
@@ -251,7 +253,7 @@ def plot(result: dict[str, Any]) -> None:
     """Times bfloat16 by the number of tokens, on the main shape."""
     try:
         import matplotlib
-    except ImportError:
+    except ImportError:  # the extra "plot"
         print("no plot: matplotlib is not installed")
         return
     matplotlib.use("Agg")

@@ -31,7 +31,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders"])
+@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode"])
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
