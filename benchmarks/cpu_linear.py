@@ -238,6 +238,7 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     about = " ".join(str(__doc__).split("\n\n")[1].split()).partition(" Writes ")[0]
     out = ["# CPU kernels, one layer at a time", "", "Made by `benchmarks/cpu_linear.py`; do not edit.", "", about, ""]
+    out += ["![times as fast as bfloat16 by the number of tokens](cpu_linear.png)", ""]
     out += ["| format | weight | tokens | ms | of read | times bf16 | times others |", "|---|---|---|---|---|---|---|"]
     for line in result["rows"]:
         others = [f"{n} {v:.1f}" for n, v in line["times"].items() if n not in ("read", "bf16")]

@@ -201,12 +201,17 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
 
 
 def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpec) -> Input:
-    """How the library quantizes the input of a layer; like a `Weight`, it holds addresses."""
+    """How the library quantizes the input of a layer; like a `Weight`, it holds addresses.
+
+    Raises FormatError for a static range without a positive scale.
+    """
     levels = input.tensor.numbers().levels()
     split = math.inf if input.split is None else input.split
     described = Input(low=float(levels[0]), high=float(levels[-1]), split=split)
     if not input.dynamic:
         described.scale = float(tensors[INPUT_NAMES[0]])
+        if not described.scale > 0:  # the library would take 0 for a range of each token's own
+            raise FormatError(f"{INPUT_NAMES[0]} is {described.scale}, a scale is above 0: the checkpoint is damaged")
     if spec.outliers:
         weight = tensors["outlier_weight"]
         described.outlier_count, described.outliers = spec.outliers, tensors["outlier_index"].data_ptr()

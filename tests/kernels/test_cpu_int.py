@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hfquant import HfQuantConfig, cpu, explain, reference, use_kernel
 from hfquant.blocks import Blocks
+from hfquant.errors import FormatError
 from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 from hfquant.testing.tiny import tiny_inputs, tiny_model
@@ -168,6 +169,14 @@ def test_the_longest_sums_fit(isa: str, code: int, rows: int) -> None:
     for x, seen in ((-200.0, -128), (200.0, 127)):
         y = cpu.run(torch.full((rows, width), x), tensors, None, described)
         assert torch.equal(y, torch.full((rows, 17), float(seen * (code - 128) * width)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
+def test_a_static_range_without_a_scale_is_refused(scale: float) -> None:
+    q = random_weight((20, 64), TensorSpec("int8", ROW), 0)
+    tensors, described = packed(q, "bytes", static(), range_of(scale))
+    with pytest.raises(FormatError, match="the checkpoint is damaged"):
+        cpu.run(torch.ones(1, 64), tensors, None, described)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
