@@ -203,7 +203,7 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
 def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpec) -> Input:
     """How the library quantizes the input of a layer; like a `Weight`, it holds addresses.
 
-    Raises FormatError for a static range without a positive scale.
+    Raises FormatError for a static range without a positive scale, and for fewer outliers than there should be.
     """
     levels = input.tensor.numbers().levels()
     split = math.inf if input.split is None else input.split
@@ -213,9 +213,11 @@ def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpe
         if not described.scale > 0:  # the library would take 0 for a range of each token's own
             raise FormatError(f"{INPUT_NAMES[0]} is {described.scale}, a scale is above 0: the checkpoint is damaged")
     if spec.outliers:
-        weight = tensors["outlier_weight"]
-        described.outlier_count, described.outliers = spec.outliers, tensors["outlier_index"].data_ptr()
-        described.outlier_weight, described.outlier_type = weight.data_ptr(), TYPES[weight.dtype]
+        weight, count = tensors["outlier_weight"], spec.outliers
+        described.outlier_count = count
+        described.outliers = _hold(described, tensors["outlier_index"], count, "outlier columns")
+        described.outlier_weight = _hold(described, weight, spec.shape[0] * count, "weights of outlier columns")
+        described.outlier_type = TYPES[weight.dtype]
     return described
 
 
@@ -276,14 +278,14 @@ def _padded(levels: Tensor) -> Tensor:
     return F.pad(levels, (0, max(0, 256 - levels.numel())))
 
 
-def _hold(weight: Weight, tensor: Tensor, needed: int = 0, what: str = "") -> int:
-    """Address of a tensor, or of a copy without gaps, which lives as long as the weight."""
+def _hold(owner: Weight | Input, tensor: Tensor, needed: int = 0, what: str = "") -> int:
+    """Address of a tensor, or of a copy without gaps, which lives as long as its owner."""
     if tensor.numel() < needed:
-        raise FormatError(f"a packed weight of {weight.n} x {weight.k} needs {needed} {what}, found {tensor.numel()}")
+        raise FormatError(f"a packed weight needs {needed} {what}, found {tensor.numel()}: the checkpoint is damaged")
     if needed and tensor.is_contiguous():
         return tensor.data_ptr()
     copy = tensor.contiguous()
-    weight.__dict__.setdefault("held", []).append(copy)
+    owner.__dict__.setdefault("held", []).append(copy)
     return copy.data_ptr()
 
 

@@ -60,6 +60,18 @@ def packed(
     return list(tensors.values()), packed_spec(tensors, layout, q.shape, scheme)
 
 
+def assert_same_on_threads(x: Tensor, tensors: list[Tensor], spec: PackedSpec) -> None:
+    """Results are equal to the last bit, however many threads there are."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(cpu.run(x, tensors, None, spec))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
     """Norm of the error over that of the exact result."""
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())

@@ -32,6 +32,7 @@ from .problems import (
     assert_close,
     assert_int_product,
     assert_product,
+    assert_same_on_threads,
     error,
     int_problems,
     packed,
@@ -147,14 +148,7 @@ def test_results_do_not_depend_on_threads(kind: str) -> None:
     x, sides = many((37, 333, 700))
     q = random_weight(sides, TensorSpec("int8", Blocks(1, -1)), 0)
     tensors, spec = packed(q, "bytes") if kind == "bfloat16" else int_layer(q)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(cpu.run(x, tensors, None, spec))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_same_on_threads(x, tensors, spec)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])

@@ -10,13 +10,23 @@ from hypothesis import given, settings
 
 from hfquant import cpu
 from hfquant.blocks import Blocks
-from hfquant.errors import UnsupportedError
+from hfquant.errors import FormatError, UnsupportedError
 from hfquant.kernel import KERNELS, choose, declined
 from hfquant.layouts import unpack
 from hfquant.qtensor import Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
-from .problems import BOUND, DTYPES, GRIDS, assert_product, error, packed, problems, random_weight
+from .problems import (
+    BOUND,
+    DTYPES,
+    GRIDS,
+    assert_product,
+    assert_same_on_threads,
+    error,
+    packed,
+    problems,
+    random_weight,
+)
 
 LIBRARY = cpu.library()
 assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
@@ -54,14 +64,7 @@ def test_results_do_not_depend_on_threads(isa: str, grid: str, rows: int) -> Non
     q = random_weight((70, 333), TensorSpec(grid, Blocks(1, 32), grid == "uint4"), 0)
     tensors, spec = packed(q, "dense" if q.spec.numbers().bits < 8 else "bytes")
     x = torch.randn(rows, 333, generator=torch.Generator().manual_seed(1)).bfloat16()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(cpu.run(x, tensors, None, spec))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_same_on_threads(x, tensors, spec)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,6 +153,16 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda: "the library is not built")
     assert declined(spec, device, torch.float32)["cpu"] == "cpu: the library is not built"
     assert "cpu" in KERNELS
+
+
+@pytest.mark.parametrize("name", ["codes", "scale", "zero"])
+def test_tensors_that_are_too_short_are_refused(name: str) -> None:
+    """The library reads what it is told to."""
+    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
+    tensors, spec = packed(q, "dense")
+    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
+    with pytest.raises(FormatError, match="the checkpoint is damaged"):
+        cpu.run(torch.ones(1, 64), tensors, None, spec)
 
 
 def test_unknown_instruction_sets_are_refused() -> None:

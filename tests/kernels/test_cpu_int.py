@@ -20,7 +20,7 @@ from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
-from .problems import DTYPES, assert_int_product, int_problems, packed, random_weight
+from .problems import DTYPES, assert_int_product, assert_same_on_threads, int_problems, packed, random_weight
 
 LIBRARY = cpu.library()
 assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
@@ -228,14 +228,7 @@ def test_results_do_not_depend_on_threads(isa: str, weight: tuple[str, str], row
     q = random_weight((150, 333), TensorSpec(weight[0], ROW), 0)
     q = replace(q, outliers=Outliers(torch.tensor([5, 300], dtype=torch.int32), normal(150, 2).half()))
     tensors, spec = packed(q, weight[1], dynamic(split=3.0))
-    x, before, results = normal(rows, 333, seed=1).bfloat16(), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(cpu.run(x, tensors, None, spec))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_same_on_threads(normal(rows, 333, seed=1).bfloat16(), tensors, spec)
 
 
 def test_results_do_not_depend_on_other_rows_but_for_the_split(isa: str) -> None:

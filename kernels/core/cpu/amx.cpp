@@ -1,6 +1,7 @@
 // flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512bf16 -mavx512vnni -mfma -mf16c -mamx-tile -mamx-bf16 -mamx-int8 -Wno-uninitialized -Wno-maybe-uninitialized
-// AMX (Sapphire Rapids and later): many rows of bfloat16 or integer inputs are multiplied in tiles, which is 20 to 40 times
-// as fast there as with vectors; a tile that is not full is worth it from the first row on that `matvec` does not take.
+// AMX (Sapphire Rapids and later): many rows of bfloat16 or integer inputs are multiplied in tiles. Their
+// products are so much faster than those of vectors that a tile is worth it from the first row on that `matvec` does not
+// take, full or not.
 // All else is the code for AVX-512.
 #include "avx512_int8.h"
 #include "avx512_linear.h"

@@ -116,19 +116,24 @@ struct Scales {
     Buffer<int32_t> index;  // of the group of each lane, for Spread::ANY
 
     explicit Scales(const hfq_weight &w)
-        : chunks(ceil_div(w.k, Codes::COLUMNS)), groups(ceil_div(w.k, w.group)), index(chunks * 16) {
+        : how(spread_of(w)), chunks(ceil_div(w.k, Codes::COLUMNS)), groups(ceil_div(w.k, w.group)),
+          index(how == Spread::ANY ? chunks * 16 : 0) {
         const int64_t group = w.group < w.k ? w.group : chunks * Codes::COLUMNS;
         per_chunk = Codes::COLUMNS / group;
         chunks_per_group = group / Codes::COLUMNS;
-        how = group % Codes::COLUMNS == 0 ? Spread::ONE : Codes::COLUMNS % group == 0 ? Spread::FEW : Spread::ANY;
         alignas(64) int32_t lanes[16];
         for (int lane = 0; lane < 16; lane++)
             lanes[lane] = int32_t(lane / Codes::LANES_TOGETHER * Codes::LANE / (group < Codes::COLUMNS ? group : Codes::COLUMNS));
         pick = _mm512_load_si512(lanes);
-        for (int64_t i = 0; index.data && i < chunks * 16; i++) {
+        for (int64_t i = 0; how == Spread::ANY && index.data && i < chunks * 16; i++) {
             const int64_t found = (i / 16 * Codes::COLUMNS + i % 16 / Codes::LANES_TOGETHER * Codes::LANE) / group;
             index.data[i] = int32_t(found < groups ? found : groups - 1);
         }
+    }
+
+    static Spread spread_of(const hfq_weight &w) {
+        if (w.group >= w.k || w.group % Codes::COLUMNS == 0) return Spread::ONE;
+        return Codes::COLUMNS % w.group == 0 ? Spread::FEW : Spread::ANY;
     }
 
     // Whether all columns of a lane have the same scale.
@@ -144,7 +149,7 @@ struct Scales {
         __m512i pick;
 
         Walk(const Scales &s, const float *row, int64_t chunk = 0)
-            : values(row), index(s.index.data + 16 * chunk), step(s.chunks_per_group), left(0),
+            : values(row), index(HOW == Spread::ANY ? s.index.data + 16 * chunk : nullptr), step(s.chunks_per_group), left(0),
               held(_mm512_setzero_ps()), pick(s.pick) {
             if constexpr (HOW == Spread::FEW) {
                 step = s.per_chunk;

@@ -18,8 +18,8 @@ inline __m128i add_int_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// sums + the products of unsigned bytes with signed ones. As assembly, because GCC 12 keeps too few of the intrinsic's sums
-// in registers: half the speed.
+// sums + the products of unsigned bytes with signed ones. As assembly, because GCC 12 moves the intrinsic's sums to the
+// stack and back in every step.
 inline __m512i dot_bytes(__m512i sums, __m512i bytes, __m512i signed_bytes) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(signed_bytes));
     return sums;

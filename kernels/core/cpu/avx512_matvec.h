@@ -6,7 +6,6 @@
 #include "avx512_rows.h"
 #include "threads.h"
 
-
 namespace {
 
 constexpr int MATVEC_ROWS = 4;      // most rows of inputs: more are worth a buffer of decoded weights

@@ -17,7 +17,7 @@ struct Kept {
 
     // `large`: for each column, whether it holds a magnitude of at least the split.
     Kept(const hfq_input &input, const uint8_t *large, int64_t k) : columns(k), stored(k) {
-        if (!columns.data || !stored.data) return;
+        if (!columns.data || !stored.data || (input.outlier_count == 0 && !(input.split < INFINITY))) return;
         int64_t next = 0;
         for (int64_t j = 0; j < k; j++) {
             const bool there = next < input.outlier_count && input.outliers[next] == j;
