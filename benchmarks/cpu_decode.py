@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 import hfquant
 from hfquant import HfQuantConfig
+from hfquant.report import peak_rss_mb
 
 PROMPT, PREFILL, TOKENS, ROUNDS = 32, 512, 12, 5
 METHODS: dict[str, dict[str, Any]] = {"int4": {"group_size": 64}, "nf4": {}, "int8": {}, "w8a8": {"transform": None}}
@@ -97,8 +98,7 @@ def loaded(name: str, folder: str) -> None:
     model = load(name, Path(folder))
     model(torch.arange(4)[None])  # what is read when it is used belongs to it
     seconds = time.perf_counter() - started
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    print(json.dumps({"seconds": seconds, "peak_mb": int(status["VmHWM"].split()[0]) / 1e3}))
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_rss_mb()}))
 
 
 @torch.no_grad()

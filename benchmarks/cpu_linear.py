@@ -27,7 +27,7 @@ from hfquant.blocks import Blocks
 from hfquant.layouts import default_layout
 from hfquant.quantize import pack_empty
 from hfquant.recipe import Recipe
-from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
+from hfquant.spec import InputSpec, Scheme, TensorSpec
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 MAIN = (4096, 14336)
@@ -68,14 +68,13 @@ def ours(scheme: Scheme, shape: tuple[int, int], tokens: Tensor) -> tuple[Call, 
     layout = default_layout(scheme.weight)
     empty, spec = pack_empty(shape, Recipe(scheme, layout=layout), torch.bfloat16)
     size = sum(tensor.numel() * tensor.element_size() for tensor in empty.values())
-    some = {name: random_like(tensor, scheme) for name, tensor in empty.items()}
-    spec = PackedSpec.parse(spec.key())
+    some = {name: random_like(tensor) for name, tensor in empty.items()}
     weights = [[tensor.clone() for tensor in some.values()] for _ in range(max(2, int(SET / size)))]
     bound = [cpu.bind(packed, spec) for packed in weights]
     return lambda i: bound[i % len(bound)](tokens, weights[i % len(bound)], None), size
 
 
-def random_like(tensor: Tensor, scheme: Scheme) -> Tensor:
+def random_like(tensor: Tensor) -> Tensor:
     """Random codes, scales that are not."""
     generator = torch.Generator().manual_seed(0)
     if tensor.dtype == torch.uint8:
