@@ -201,16 +201,29 @@ class ScaledNibbles {
         make();
     }
 
-    void decode(__m512i packed, __m512i *to) {
+    // To be called before each chunk.
+    void next_chunk() {
         if (left == 0) {
             make();
             left = step;
         }
         left--;
+    }
+
+    void decode(__m512i packed, __m512i *to) {
+        next_chunk();
         to[0] = look_up(packed);
         to[1] = look_up(_mm512_srli_epi16(packed, 4));
         to[2] = look_up(_mm512_srli_epi16(packed, 8));
         to[3] = look_up(_mm512_srli_epi16(packed, 12));
+    }
+
+    // Weights of the lowest four bits of each word.
+    __m512i look_up(__m512i codes) const {
+        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, first);
+        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
+        if (GROUPS == 2) return _mm512_permutexvar_epi16(at, first);
+        return _mm512_permutex2var_epi16(first, at, second);
     }
 
   private:
@@ -240,13 +253,6 @@ class ScaledNibbles {
         }
         if (GROUPS == 4) second = pair(2, 3);
         skip(GROUPS);
-    }
-
-    __m512i look_up(__m512i codes) const {
-        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, first);
-        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
-        if (GROUPS == 2) return _mm512_permutexvar_epi16(at, first);
-        return _mm512_permutex2var_epi16(first, at, second);
     }
 };
 

@@ -18,14 +18,19 @@ struct Arranged {
     int64_t chunks;
 };
 
-// Scales and zero points of two rows: those of the next row are made while the current one is worked on, since reading
-// what was only just written in other portions would stall.
+// Scales and zero points of the last four rows that were asked for: those of the next rows are made while the current
+// ones are worked on, since reading what was only just written in other portions would stall.
 struct Parameters {
+    static constexpr int64_t ROWS = 4;
     const RowParameters &row;
-    float *scale[2], *zero[2];
+    float *memory;  // [ROWS, 2, slots]
+    int64_t slots;
+
+    float *scale(int64_t n) const { return memory + n % ROWS * 2 * slots; }
+    float *zero(int64_t n) const { return scale(n) + slots; }
 
     // Zero points become offsets where sums are multiplied, not weights.
-    void prepare(int64_t n, bool as_offsets) const { row.load(n, scale[n & 1], zero[n & 1], as_offsets); }
+    void prepare(int64_t n, bool as_offsets) const { row.load(n, scale(n), zero(n), as_offsets); }
 };
 
 template <int M>
@@ -46,7 +51,7 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
     if (rows.first < rows.last) parameters.prepare(rows.first, true);
     for (int64_t n = rows.first; n < rows.last; n++) {
         if (n + 1 < rows.last) parameters.prepare(n + 1, true);
-        Walk factors(scales, parameters.scale[n & 1]), offsets(scales, parameters.zero[n & 1]);
+        Walk factors(scales, parameters.scale(n)), offsets(scales, parameters.zero(n));
         __m512 total[M];
         for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
         const uint8_t *from = w.codes + n * w.row_bytes;
@@ -77,38 +82,58 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
     }
 }
 
-// The same for four-bit codes and more than one row of inputs, with scaled tables: weights are rounded to bfloat16.
+// The same for four-bit codes and more than one row of inputs, with scaled tables: weights are rounded to bfloat16. Two
+// rows of weights share what is read of the inputs; the last one of an odd number is its own partner.
 template <int GROUPS, int M>
 void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arranged &in, Share rows,
                    const Parameters &parameters) {
     const hfq_weight &w = p.weight;
     const int64_t whole = w.row_bytes / Nibbles::BYTES;
-    if (rows.first < rows.last) parameters.prepare(rows.first, false);
-    for (int64_t n = rows.first; n < rows.last; n++) {
-        if (n + 1 < rows.last) parameters.prepare(n + 1, false);
-        ScaledNibbles<GROUPS> nibbles(scales, w.levels, parameters.scale[n & 1], parameters.zero[n & 1], 0);
-        __m512 part[M][4];  // one chain of sums would wait for itself
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < 4; j++) part[m][j] = _mm512_setzero_ps();
+    const auto prepare = [&](int64_t n) {
+        for (int64_t r = n; r < n + 2 && r < rows.last; r++) parameters.prepare(r, false);
+    };
+    prepare(rows.first);
+    for (int64_t n = rows.first; n < rows.last; n += 2) {
+        prepare(n + 2);
+        const int64_t partner = n + 1 < rows.last ? n + 1 : n;
+        ScaledNibbles<GROUPS> first(scales, w.levels, parameters.scale(n), parameters.zero(n), 0);
+        ScaledNibbles<GROUPS> second(scales, w.levels, parameters.scale(partner), parameters.zero(partner), 0);
+        __m512 part[2][M][2];  // one chain of sums would wait for itself
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * M; i++) part[0][i / 2][i % 2] = part[1][i / 2][i % 2] = _mm512_setzero_ps();
         const uint8_t *from = w.codes + n * w.row_bytes;
+        const int64_t apart = (partner - n) * w.row_bytes;
         const bf16 *x = in.x;
-        const auto step = [&](__m512i packed) {
-            __m512i weights[4];
-            nibbles.decode(packed, weights);
-            for (int j = 0; j < 4; j++, x += 32 * M)
-                for (int m = 0; m < M; m++)
-                    part[m][j] = _mm512_dpbf16_ps(part[m][j], (__m512bh)weights[j], (__m512bh)_mm512_load_si512(x + 32 * m));
+        const auto step = [&](__m512i one, __m512i two) {
+            first.next_chunk();
+            second.next_chunk();
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++, x += 32 * M) {
+                const __m512bh a = (__m512bh)first.look_up(one), b = (__m512bh)second.look_up(two);
+                one = _mm512_srli_epi16(one, 4);
+                two = _mm512_srli_epi16(two, 4);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; m++) {
+                    const __m512bh input = (__m512bh)_mm512_load_si512(x + 32 * m);
+                    part[0][m][j & 1] = _mm512_dpbf16_ps(part[0][m][j & 1], a, input);
+                    part[1][m][j & 1] = _mm512_dpbf16_ps(part[1][m][j & 1], b, input);
+                }
+            }
         };
         for (int64_t chunk = 0; chunk < whole; chunk++, from += Nibbles::BYTES) {
             _mm_prefetch(reinterpret_cast<const char *>(from + AHEAD), _MM_HINT_T0);
-            step(_mm512_loadu_si512(from));
+            _mm_prefetch(reinterpret_cast<const char *>(from + apart + AHEAD), _MM_HINT_T0);
+            step(_mm512_loadu_si512(from), _mm512_loadu_si512(from + apart));
         }
-        for (int64_t chunk = whole; chunk < in.chunks; chunk++, from += Nibbles::BYTES)
-            step(load_bytes(from, w.row_bytes - chunk * Nibbles::BYTES));
-        __m512 total[M];
-        for (int m = 0; m < M; m++)
-            total[m] = _mm512_add_ps(_mm512_add_ps(part[m][0], part[m][1]), _mm512_add_ps(part[m][2], part[m][3]));
-        write_row<M>(p, n, total);
+        for (int64_t chunk = whole; chunk < in.chunks; chunk++, from += Nibbles::BYTES) {
+            const int64_t left = w.row_bytes - chunk * Nibbles::BYTES;
+            step(load_bytes(from, left), load_bytes(from + apart, left));
+        }
+        for (int64_t r = 0; r <= partner - n; r++) {
+            __m512 total[M];
+            for (int m = 0; m < M; m++) total[m] = _mm512_add_ps(part[r][m][0], part[r][m][1]);
+            write_row<M>(p, n + r, total);
+        }
     }
 }
 
@@ -140,9 +165,10 @@ int matvec(const Problem &p, const Codes &codes) {
     Buffer<float> sums(w.zero ? p.m * chunks * 16 : 0);
     const int64_t slots = RowParameters::slots(w);
     const RowParameters row(w);
-    Buffer<float> memory(4 * slots * p.threads);
+    const int64_t own = Parameters::ROWS * 2 * slots;
+    Buffer<float> memory(own * p.threads);
     if (!x.data || !sums.data || !memory.data || !scales.index.data) return -1;
-    std::memset(memory.data, 0, 4 * slots * p.threads * sizeof(float));
+    std::memset(memory.data, 0, own * p.threads * sizeof(float));
     for (int64_t m = 0; m < p.m; m++) {
         arrange<Codes>(static_cast<const bf16 *>(p.x) + m * w.k, w.k, x.data + 32 * m, p.m);
         if (w.zero) lane_sums<Codes>(x.data + 32 * m, chunks, sums.data + 16 * m, p.m);
@@ -152,8 +178,7 @@ int matvec(const Problem &p, const Codes &codes) {
     {
         const int id = omp_get_thread_num();
         const Share rows(w.n, 1, id, omp_get_num_threads());
-        float *own = memory.data + 4 * slots * id;
-        const Parameters parameters = {row, {own, own + slots}, {own + 2 * slots, own + 3 * slots}};
+        const Parameters parameters = {row, memory.data + own * id, slots};
         const bool z = w.zero != nullptr;
 #define RUN(HOW)                                                                       \
     (z ? matvec_any<Codes, HOW, true>(p, codes, scales, in, rows, parameters)         \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -317,3 +318,10 @@ def test_the_process_prints_results_and_errors_where_they_belong(source, tmp_pat
     failed = run("quantize", tmp_path / "absent", "--output", tmp_path / "other")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr == f"error: there is no folder {tmp_path / 'absent'}\n"
+
+
+def test_python_runs_the_package_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hfquant", "backends", "--json"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("hfquant", run_name="__main__")
+    assert not end.value.code and "core" in capsys.readouterr().out
