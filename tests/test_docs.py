@@ -31,10 +31,11 @@ PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<info>[^`\n]*)$")
 HARMLESS = {"cd", "export", "git", "source"}
 
-# Runs the steps of one page in order, so that a command can use what a Python block wrote and the reverse.
+# Runs the steps of one page in order, so that a command can use what a Python block wrote and the reverse. Commands run
+# in the same process: starting one for each would take most of the time.
 # Python blocks are compiled with their line number in the page: a traceback points into the page.
 DRIVER = """
-import json, pathlib, subprocess, sys
+import json, pathlib, sys
 page, steps = json.loads(pathlib.Path(sys.argv[1]).read_text())
 names = {"__name__": "__main__"}
 for step in steps:
@@ -42,11 +43,11 @@ for step in steps:
     if step["kind"] == "python":
         exec(compile("\\n" * (step["line"] - 1) + step["text"], page, "exec"), names)
     else:
-        done = subprocess.run(step["command"], stdin=subprocess.DEVNULL)
-        if done.returncode:
-            sys.exit(f"{page}:{step['line']}: exit status {done.returncode}: {step['text']}")
+        from hfquant.cli import main  # not before a page's own first import of the package
+
+        if status := main(step["command"]):
+            sys.exit(f"{page}:{step['line']}: exit status {status}: {step['text']}")
 """
-ENTRY = "import sys; sys.argv[0] = 'hfquant'; from hfquant.cli import main; sys.exit(main())"
 
 
 @dataclass
@@ -103,12 +104,6 @@ def command_lines(block: Block) -> list[tuple[int, str]]:
     return lines
 
 
-def hfquant_command() -> list[str]:
-    """The installed script, or what it does when the package is only on the path."""
-    script = Path(sys.executable).with_name("hfquant")
-    return [str(script)] if script.exists() else [sys.executable, "-c", ENTRY]
-
-
 def problem(words: list[str]) -> str | None:
     """Why a command of a page cannot work in this repository, or None."""
     program, *arguments = words
@@ -153,7 +148,7 @@ def steps(page: str) -> list[Step]:
             for line, text in command_lines(block):
                 words = shlex.split(text, comments=True)
                 if words[0] == "hfquant":
-                    found.append(Step("command", line, text, [*hfquant_command(), *words[1:]]))
+                    found.append(Step("command", line, text, words[1:]))
                 else:
                     reason = problem(words)
                     assert reason is None, f"line {line}: {text}: {reason}"
@@ -174,6 +169,7 @@ def execute(name: str, page: str, folder: Path) -> str:
         [sys.executable, str(support / "driver.py"), str(support / "steps.json")],
         cwd=work,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -235,10 +231,7 @@ def test_commands_become_steps() -> None:
     page = "```bash\n# note\nhfquant quantize model \\\n    --bits 4\n$ hfquant doctor  # why\n```\n"
     found = steps(page)
     assert [step.line for step in found] == [3, 5]
-    assert [step.command[len(hfquant_command()) :] for step in found if step.command] == [
-        ["quantize", "model", "--bits", "4"],
-        ["doctor"],
-    ]
+    assert [step.command for step in found] == [["quantize", "model", "--bits", "4"], ["doctor"]]
 
 
 @pytest.mark.parametrize(
