@@ -6,6 +6,7 @@ from . import (
     codebooks,
     columns,
     cpu,
+    cpu_rounding,
     input_ranges,
     layouts,
     presets,
@@ -17,6 +18,7 @@ from . import (
     weighted_ranges,
 )
 from .backend import Backend, register
+from .compiled import ROUNDINGS
 from .kernel import REFERENCE
 
 CORE = Backend(
@@ -33,3 +35,4 @@ CORE = Backend(
 )
 
 register(CORE, "hfquant")
+ROUNDINGS.add(cpu_rounding.ROUNDING.name, cpu_rounding.ROUNDING, "hfquant")
