@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import (
     codebooks,
     columns,
-    cpu,
+    cpu_dequantize,
     cpu_rounding,
     input_ranges,
     layouts,
@@ -25,7 +25,7 @@ CORE = Backend(
     "core",
     grids=codebooks.BUILTIN,
     layouts=layouts.BUILTIN,
-    kernels=(REFERENCE, cpu.KERNEL),
+    kernels=(REFERENCE, cpu_dequantize.KERNEL),
     ranges={**ranges.BUILTIN, **weighted_ranges.BUILTIN},
     input_ranges=input_ranges.BUILTIN,
     rounders=rounders.BUILTIN,

@@ -29,12 +29,12 @@ class Parameters:
 class Rounding:
     """One compiled way to round a matrix `x` [N, K].
 
-    `why_not(x, grid)`: the reason why it cannot, or None. `codes(x, to)` gives uint8 [N, K], as `scales.encode` does,
-    and `values(x, to)` float32 [N, K], as `scales.round_to` does, bit for bit.
+    `why_not(x, grid, what)`: the reason why it cannot give `what`, "codes" or "values", or None. `codes(x, to)` gives
+    uint8 [N, K] as `scales.encode` does, and `values(x, to)` float32 [N, K] as `scales.round_to` does, bit for bit.
     """
 
     name: str
-    why_not: Callable[[Tensor, Grid], str | None]
+    why_not: Callable[[Tensor, Grid, str], str | None]
     codes: Callable[[Tensor, Parameters], Tensor]
     values: Callable[[Tensor, Parameters], Tensor]
 
@@ -44,7 +44,7 @@ ROUNDINGS: Table[Rounding] = Table("rounding")
 
 def codes(x: Tensor, to: Parameters) -> Tensor | None:
     """Codes [N, K] uint8 of `x` [N, K], or None if there is only torch to find them."""
-    found = _best(x, to.grid)
+    found = _best(x, to.grid, "codes")
     return None if found is None else found.codes(x, to)
 
 
@@ -53,7 +53,7 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
 
     Takes one scale for all of `x`, and for a matrix one for each row, column or number.
     """
-    found = _best(x, grid)
+    found = _best(x, grid, "values")
     if found is None or not x.numel() or (zero is not None and zero.shape != scale.shape):
         return None
     if scale.numel() == 1 and x.is_contiguous():
@@ -65,11 +65,11 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
     return found.values(x, Parameters(grid, scale, zero, (height, width)))
 
 
-def _best(x: Tensor, grid: Grid) -> Rounding | None:
+def _best(x: Tensor, grid: Grid, what: str) -> Rounding | None:
     if _is_watched(x):
         return None
     able = (ROUNDINGS.get(name) for name in ROUNDINGS.names())
-    return next((rounding for rounding in able if rounding.why_not(x, grid) is None), None)
+    return next((rounding for rounding in able if rounding.why_not(x, grid, what) is None), None)
 
 
 def _is_watched(x: Tensor) -> bool:

@@ -98,7 +98,7 @@ class Library:
         return self._c.hfq_read(words.data_ptr(), words.numel(), torch.get_num_threads())
 
     def call(self, name: str, *addresses: int, type: int) -> int:
-        """What a function returns that takes addresses, the type of numbers and how many threads to use."""
+        """What a function returns that takes addresses or sizes, the type of numbers and how many threads to use."""
         result: int = self._c[name](*map(c_void_p, addresses), type, torch.get_num_threads())
         return result
 

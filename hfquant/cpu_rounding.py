@@ -25,8 +25,8 @@ class Described(ctypes.Structure):
     )
 
 
-def why_not(x: Tensor, grid: Grid) -> str | None:
-    """Reason why `x` cannot be rounded to `grid`, or None."""
+def why_not(x: Tensor, grid: Grid, what: str) -> str | None:
+    """Reason why `x` cannot be rounded to `grid`, or None; `what`: "codes" or "values"."""
     if x.device.type != "cpu":
         return f"is for cpu, the numbers are on {x.device.type}"
     if x.dtype not in TYPES:
@@ -35,6 +35,8 @@ def why_not(x: Tensor, grid: Grid) -> str | None:
         return "rounds matrices whose rows have no gaps"
     if type(grid).encode not in _ENCODES or type(grid).nearest not in _NEARESTS:
         return f"knows how the grids of the core round, {grid.name} has a way of its own"
+    if what == "values" and isinstance(grid, FloatGrid) and grid.size > _SMALL:
+        return "searches for the levels of a floating-point grid, which torch finds by arithmetic"
     if forced_kernel() not in (None, KERNEL.name):
         return f"kernel {forced_kernel()!r} was asked for"
     found = library()
@@ -42,6 +44,7 @@ def why_not(x: Tensor, grid: Grid) -> str | None:
 
 
 _ENCODES = (Grid.encode, IntGrid.encode, FloatGrid.encode)
+_SMALL = 16  # levels: a search among so few is as fast as arithmetic
 _NEARESTS = (Grid.nearest, IntGrid.nearest, FloatGrid.nearest)
 
 

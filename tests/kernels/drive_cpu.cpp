@@ -266,6 +266,25 @@ bool floating(Random &random, const std::vector<std::string> &isas, int threads)
         }
     }
     const auto call = [&](void *y) { return hfq_linear(&w, x.data(), offset, y, s.m, s.type, threads); };
+    const int64_t first = random.between(0, s.k - 1), last = random.between(first + 1, s.k), count = last - first;
+    for (const std::string &isa : isas) {
+        const Numbers matrix(random, s.n * count, s.type, 5, 6);
+        if (hfq_use(isa.c_str()) || hfq_dequantize(&w, first, last, matrix.data(), s.type, threads))
+            return std::printf("%s: refused\n", isa.c_str()), false;
+        for (int64_t i = 0; i < s.n; i++) {
+            for (int64_t j = first; j < last; j++) {
+                const int64_t block = i / w.scale_height * columns + j / w.group;
+                const float scale = nested ? scale_levels.floats[scale_codes.at(0, block)] * outer.floats[block / w.scale_group] : float(scales[block]);
+                const float level = levels.floats[codes.at(i, j)] - float(zeros ? zero.at(i / w.scale_height, j / w.group) : 0);
+                const float wanted = level * scale;
+                const double found = matrix[i * count + j - first], bound = s.type == HFQ_FLOAT32 ? 0 : rounding(s.type) * std::fabs(wanted) + tiny(s.type);
+                if (std::fabs(found - wanted) <= bound) continue;
+                std::printf("%s: weight %lld %lld of columns %lld to %lld: %g instead of %g\n", isa.c_str(), (long long)i,
+                            (long long)j, (long long)first, (long long)last, found, double(wanted));
+                return describe(s, w), false;
+            }
+        }
+    }
     if (agree(random, isas, s, expected, call)) return true;
     return describe(s, w), false;
 }

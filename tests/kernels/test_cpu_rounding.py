@@ -110,7 +110,7 @@ def test_a_weight_is_quantized_alike_with_and_without_it(name: str, how: str, ta
     spec = TensorSpec(name, Blocks(1, 64), name.startswith("uint"), "bfloat16")
     how = "absmax" if name == "quantile4" else how
     found = to_nearest(w, RANGES.get(how)(w, spec, Stats()))
-    assert "codes" in taken and ("values" in taken) == (how == "mse")
+    assert "codes" in taken and ("values" in taken) == (how == "mse" and name != "e4m3")  # arithmetic is faster there
     before = len(taken)
     with use_kernel("reference"):
         wanted = to_nearest(w, RANGES.get(how)(w, spec, Stats()))
@@ -178,16 +178,16 @@ class Doubled(IntGrid):
     ],
 )
 def test_what_it_declines_it_says_why_and_torch_does(x: Tensor, to: Grid, text: str, taken: list[str]) -> None:
-    assert text in str(CPU.why_not(x, to))
+    assert text in str(CPU.why_not(x, to, "codes"))
     assert to_nearest(x, whole(x, to)).codes.shape == x.shape
     assert not taken
 
 
 def test_without_the_library_torch_does(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
     x = torch.ones(2, 2)
-    assert CPU.why_not(x, IntGrid(4)) is None
+    assert CPU.why_not(x, IntGrid(4), "codes") is None
     monkeypatch.setattr(cpu_rounding, "library", lambda: "the library is not built")
-    assert CPU.why_not(x, IntGrid(4)) == "the library is not built"
+    assert CPU.why_not(x, IntGrid(4), "codes") == "the library is not built"
     assert to_nearest(x, whole(x, IntGrid(4))).codes.tolist() == [[9, 9], [9, 9]]
     assert not taken
 

@@ -118,7 +118,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, round};
+const Isa ISA = {"amx", supported, linear, linear_int, round, dequantize};
 
 }  // namespace
 

@@ -61,7 +61,11 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 void round(const RoundingProblem &p) { round_with<EightLanes>(p); }
 
-const Isa ISA = {"avx2", supported, linear, linear_int, round};
+int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int type, int threads) {
+    return dequantize_with<EightLanes>(w, first, last, to, type, threads);
+}
+
+const Isa ISA = {"avx2", supported, linear, linear_int, round, dequantize};
 
 }  // namespace
 

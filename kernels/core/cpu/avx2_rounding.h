@@ -1,7 +1,7 @@
 // Vectors of eight numbers, for `round_with`. Tables of up to 16 numbers are looked up in registers.
 #pragma once
 
-#include "rounding.h"
+#include "dequantize.h"
 
 #include <immintrin.h>
 
@@ -75,6 +75,27 @@ struct EightLanes {
         alignas(32) float part[8];
         _mm256_store_ps(part, value);
         std::memcpy(to, part, size_t(count) * sizeof(float));
+    }
+
+    // Up to eight values to element `at` on, rounded to `type` as `::store` does.
+    static void store(void *to, int64_t at, int64_t count, int type, __m256 value) {
+        if (type == HFQ_FLOAT32) return store(static_cast<float *>(to) + at, count, value);
+        const __m128i words = type == HFQ_FLOAT16 ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : bf16_of(value);
+        auto *out = static_cast<uint16_t *>(to) + at;
+        if (count >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i *>(out), words);
+        alignas(16) uint16_t part[8];
+        _mm_store_si128(reinterpret_cast<__m128i *>(part), words);
+        std::memcpy(out, part, size_t(count) * sizeof(uint16_t));
+    }
+    static __m128i bf16_of(__m256 value) {
+        const __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set(1));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, set(0x7FFF))), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+        const __m256i words = _mm256_blendv_epi8(rounded, set(0x7FC0), nan);
+        return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    }
+    static __m256i bytes(const uint8_t *from) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
     }
 };
 

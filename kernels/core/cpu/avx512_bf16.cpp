@@ -30,7 +30,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return p.weight.bits == 4 ? linear_int_of<4>(p, input) : linear_int_of<8>(p, input);
 }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, round};
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, round, dequantize};
 
 }  // namespace
 

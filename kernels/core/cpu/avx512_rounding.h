@@ -2,7 +2,7 @@
 #pragma once
 
 #include "avx512_rows.h"
-#include "rounding.h"
+#include "dequantize.h"
 
 namespace {
 
@@ -59,8 +59,30 @@ struct SixteenLanes {
         if (count >= 16) return _mm512_storeu_ps(to, value);
         _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
     }
+
+    // Up to sixteen values to element `at` on, rounded to `type` as `::store` does.
+    static void store(void *to, int64_t at, int64_t count, int type, __m512 value) {
+        if (type == HFQ_FLOAT32) return store(static_cast<float *>(to) + at, count, value);
+        const __m256i words = type == HFQ_FLOAT16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : bf16_of(value);
+        auto *out = static_cast<uint16_t *>(to) + at;
+        if (count >= 16) return _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), words);
+        _mm256_mask_storeu_epi16(out, __mmask16((1u << count) - 1), words);
+    }
+    static __m256i bf16_of(__m512 value) {  // the instruction for this takes subnormal numbers for 0
+        const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set(1));
+        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, set(0x7FFF))), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, set(0x7FC0)));
+    }
+    static __m512i bytes(const uint8_t *from) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    }
 };
 
 inline void round(const RoundingProblem &p) { round_with<SixteenLanes>(p); }
+
+inline int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int type, int threads) {
+    return dequantize_with<SixteenLanes>(w, first, last, to, type, threads);
+}
 
 }  // namespace

@@ -85,3 +85,8 @@ int hfq_round(const hfq_rounding *rounding, const void *x, float *values, int ty
     if (isa) isa->round(RoundingProblem{*rounding, x, nullptr, values, type, threads});
     return isa ? 0 : -1;
 }
+
+int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->dequantize(*weight, first, last, to, type, threads) : -1;
+}

@@ -93,6 +93,10 @@ HFQ_EXPORT int hfq_encode(const hfq_rounding *rounding, const void *x, uint8_t *
  * no instruction set is in use. */
 HFQ_EXPORT int hfq_round(const hfq_rounding *rounding, const void *x, float *values, int type, int threads);
 
+/* The columns [first, last) of a weight, [n, last - first] of `type`, rounded once from float32. Returns 0, or -1 if
+ * memory ran out or no instruction set is in use. */
+HFQ_EXPORT int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads);
+
 /* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
 HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);
 

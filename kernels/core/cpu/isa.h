@@ -29,6 +29,7 @@ struct Isa {
     int (*linear)(const Problem &problem);
     int (*linear_int)(const Problem &problem, const hfq_input &input);
     void (*round)(const RoundingProblem &problem);
+    int (*dequantize)(const hfq_weight &weight, int64_t first, int64_t last, void *to, int type, int threads);
 };
 
 // Weak: a source whose instructions the compiler does not know is not in the library.

@@ -1,7 +1,7 @@
 // Vectors of one number, for `round_with`.
 #pragma once
 
-#include "rounding.h"
+#include "dequantize.h"
 
 namespace {
 
@@ -39,6 +39,8 @@ struct OneLane {
     }
     static void store(uint8_t *to, int64_t, int32_t code) { *to = uint8_t(code); }
     static void store(float *to, int64_t, float value) { *to = value; }
+    static void store(void *to, int64_t at, int64_t, int type, float value) { ::store(to, at, type, value); }
+    static int32_t bytes(const uint8_t *from) { return *from; }
 };
 
 }  // namespace

@@ -12,7 +12,11 @@ int linear_int(const Problem &p, const hfq_input &input) { return portable_linea
 
 void round(const RoundingProblem &p) { round_with<OneLane>(p); }
 
-const Isa ISA = {"scalar", supported, linear, linear_int, round};
+int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int type, int threads) {
+    return dequantize_with<OneLane>(w, first, last, to, type, threads);
+}
+
+const Isa ISA = {"scalar", supported, linear, linear_int, round, dequantize};
 
 }  // namespace
 
