@@ -5,7 +5,8 @@ from __future__ import annotations
 from . import (
     codebooks,
     columns,
-    cpu,
+    cpu_dequantize,
+    cpu_rounding,
     input_ranges,
     layouts,
     presets,
@@ -17,13 +18,14 @@ from . import (
     weighted_ranges,
 )
 from .backend import Backend, register
+from .compiled import ROUNDINGS
 from .kernel import REFERENCE
 
 CORE = Backend(
     "core",
     grids=codebooks.BUILTIN,
     layouts=layouts.BUILTIN,
-    kernels=(REFERENCE, cpu.KERNEL),
+    kernels=(REFERENCE, cpu_dequantize.KERNEL),
     ranges={**ranges.BUILTIN, **weighted_ranges.BUILTIN},
     input_ranges=input_ranges.BUILTIN,
     rounders=rounders.BUILTIN,
@@ -33,3 +35,4 @@ CORE = Backend(
 )
 
 register(CORE, "hfquant")
+ROUNDINGS.add(cpu_rounding.ROUNDING.name, cpu_rounding.ROUNDING, "hfquant")

@@ -28,7 +28,7 @@ from .layouts import INPUT_NAMES
 from .packing import packed_width
 from .spec import InputSpec, PackedSpec, TensorSpec
 
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAYOUTS = ("bytes", "dense")
 MOST_COLUMNS = 1 << 16  # products of two bytes that fit into 32 bits, added up
@@ -96,6 +96,11 @@ class Library:
     def read(self, words: Tensor) -> int:
         """Read `words` int64 as fast as memory gives them: what reading weights is compared with. Returns their sum."""
         return self._c.hfq_read(words.data_ptr(), words.numel(), torch.get_num_threads())
+
+    def call(self, name: str, *addresses: int, type: int) -> int:
+        """What a function returns that takes addresses or sizes, the type of numbers and how many threads to use."""
+        result: int = self._c[name](*map(c_void_p, addresses), type, torch.get_num_threads())
+        return result
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, input: Input | None = None) -> Tensor:
         """y [..., N] of contiguous `x` [..., K], in its dtype; `bias` [N] float32; `input`: how `x` is quantized.

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 """(x, packed, bias) -> y for one packed weight."""
+Columns = Callable[[list[Tensor], PackedSpec, torch.dtype, int, int], Tensor]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -39,7 +40,9 @@ class Kernel:
     y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
     compute capability or None. The kernel with the highest `priority` that does not decline is used. Kernels know
     nothing of rotated weights: their input is rotated before `run`. `bind(packed, spec)` may do once what `run` does at
-    every call for the same tensors; what it returns must not keep them alive.
+    every call for the same tensors; what it returns must not keep them alive. `columns(packed, spec, dtype, first,
+    last)` may give columns [N, last - first] of the matrix of a weight that is not declined, as `QTensor.dequantize`
+    does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Kernel:
     why_not: WhyNot = _always
     priority: int = 0
     bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
+    columns: Columns | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")
@@ -86,6 +90,12 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
     if not spec.rotated or kernel is REFERENCE:
         return kernel.run(x, packed, bias, spec)
     return kernel.run(rotate(x, spec), packed, bias, replace(spec, rotated=False)).to(x.dtype)
+
+
+def columns_of(key: str, device: torch.device, dtype: torch.dtype) -> Columns | None:
+    """What gives columns of a weight's matrix at this point, None if only the reference does."""
+    kernel, forced = choose(key, device, dtype), _forced.get()
+    return kernel.columns if forced in (None, kernel.name) and not PackedSpec.parse(key).rotated else None
 
 
 def rotate(x: Tensor, spec: PackedSpec) -> Tensor:

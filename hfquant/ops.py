@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import reference
 from .hadamard import inverse_hadamard
-from .kernel import run_linear
+from .kernel import columns_of, run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
+
+_PANEL = 4 << 20  # bytes of a weight that are multiplied at once: they stay in cache, and the whole matrix is nowhere
 
 _LIBRARY = torch.library.Library("hfquant", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str spec) -> Tensor")
@@ -30,7 +32,17 @@ def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str
 
 
 def _input_grad(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
-    return reference.input_grad(grad, packed, PackedSpec.parse(spec))
+    parsed, columns = PackedSpec.parse(spec), columns_of(spec, grad.device, grad.dtype)
+    if columns is None:
+        return reference.input_grad(grad, packed, parsed)
+    height, width = parsed.shape
+    step = max(1, _PANEL // max(1, height * grad.element_size() * 64)) * 64
+    step = width if "order" in parsed.names or parsed.outliers else min(step, width)
+    out = _input_grad_fake(grad, packed, spec)
+    for first in range(0, width, step):
+        last = min(first + step, width)
+        out[..., first:last] = grad @ columns(packed, parsed, grad.dtype, first, last)
+    return out
 
 
 def _input_grad_fake(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
@@ -38,6 +50,10 @@ def _input_grad_fake(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
 
 
 def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    columns = columns_of(spec, packed[0].device, dtype)
+    if columns is not None:
+        parsed = PackedSpec.parse(spec)
+        return columns(packed, parsed, dtype, 0, parsed.shape[1])
     return unpack(packed, PackedSpec.parse(spec)).dequantize(dtype)
 
 

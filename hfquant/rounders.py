@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import compiled
 from .blocks import row_chunks
 from .codebooks import FittedGrid
 from .qtensor import QTensor
@@ -39,11 +40,13 @@ def nearest(w: Tensor, spec: TensorSpec, find: FindRange, stats: Stats) -> QTens
 def to_nearest(w: Tensor, params: Params) -> QTensor:
     """A weight [N, K] on the levels that `params` describe, each value on the nearest one, ties to even."""
     spec, shape = params.spec, (w.shape[0], w.shape[1])
-    codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
-    for rows in row_chunks(shape):
-        scale = spec.blocks.expand(params.scale, shape, rows)
-        zero = None if params.zero is None else spec.blocks.expand(params.zero, shape, rows)
-        codes[rows] = encode(w[rows].float(), scale, zero, params.grid)
+    codes = compiled.codes(w, compiled.Parameters(params.grid, params.scale, params.zero, spec.blocks.sides(shape)))
+    if codes is None:
+        codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
+        for rows in row_chunks(shape):
+            scale = spec.blocks.expand(params.scale, shape, rows)
+            zero = None if params.zero is None else spec.blocks.expand(params.zero, shape, rows)
+            codes[rows] = encode(w[rows].float(), scale, zero, params.grid)
     zero_codes = None if params.zero is None else params.zero.to(torch.uint8)
     return with_levels(QTensor(codes, params.stored, zero_codes, None, spec), params)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import compiled
 from .grids import Grid
 from .qtensor import QTensor
 from .spec import SCALE_DTYPES, TensorSpec
@@ -83,6 +84,8 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Ten
 
 def round_to(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """Real values [same shape] float32 nearest to float32 `x`: `decode(encode(...))` without the codes in between."""
+    if (found := compiled.values(x, scale, zero, grid)) is not None:
+        return found
     if zero is None:
         return grid.nearest(x / scale).mul_(scale)
     return (x / scale).round_().add_(zero).clamp_(0, grid.size - 1).sub_(zero).mul_(scale)

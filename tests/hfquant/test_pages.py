@@ -1,6 +1,7 @@
 """Pages of mapped checkpoint files are given back, and never any that the file could not bring again."""
 
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,22 @@ def test_ordinary_memory_is_left_alone() -> None:
     assert w.sum() == SIZE
 
 
-@pytest.mark.parametrize(("anonymous", "swap", "safe"), [(0, 0, True), (4, 0, False), (0, 4, False), (4, 4, False)])
-def test_written_pages_count_in_memory_and_swapped_out(
-    anonymous: int, swap: int, safe: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel counts pages that were written and then moved to swap under Swap, no longer under Anonymous."""
-    text = f"1000-9000 rw-p 0 08:01 1 /model\nAnonymous: {anonymous} kB\nSwap: {swap} kB\nVmFlags: rd\n"
-    monkeypatch.setattr(pages, "open", lambda path: io.StringIO(text), raising=False)
-    assert pages._is_unwritten_file(0x2000, 0x3000) is safe
+FILE, SWAPPED, PRESENT = 1 << 61, 1 << 62, 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("entry", "safe"), [(0, True), (PRESENT | FILE, True), (PRESENT, False), (SWAPPED, False), (SWAPPED | FILE, False)]
+)
+def test_written_pages_count_in_memory_and_swapped_out(entry: int, safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that was written is no longer one of the file, wherever it is."""
+    page = pages.mmap.PAGESIZE
+    maps = f"{page:x}-{9 * page:x} rw-p 0 08:01 1 /model\n"
+    table = struct.pack("<10Q", *([PRESENT | FILE] * 3), entry, *([PRESENT] * 6))
+    files = {"/proc/self/maps": lambda: io.StringIO(maps), "/proc/self/pagemap": lambda: io.BytesIO(table)}
+    monkeypatch.setattr(pages, "open", lambda path, *mode, **how: files[path](), raising=False)
+    assert pages._is_unwritten_file(2 * page, 4 * page) is safe
+    assert not pages._is_unwritten_file(2 * page, 5 * page)  # the next page was written
+    assert not pages._is_unwritten_file(2 * page, 10 * page)  # beyond the mapping
 
 
 FREED = """

@@ -266,6 +266,25 @@ bool floating(Random &random, const std::vector<std::string> &isas, int threads)
         }
     }
     const auto call = [&](void *y) { return hfq_linear(&w, x.data(), offset, y, s.m, s.type, threads); };
+    const int64_t first = random.between(0, s.k - 1), last = random.between(first + 1, s.k), count = last - first;
+    for (const std::string &isa : isas) {
+        const Numbers matrix(random, s.n * count, s.type, 5, 6);
+        if (hfq_use(isa.c_str()) || hfq_dequantize(&w, first, last, matrix.data(), s.type, threads))
+            return std::printf("%s: refused\n", isa.c_str()), false;
+        for (int64_t i = 0; i < s.n; i++) {
+            for (int64_t j = first; j < last; j++) {
+                const int64_t block = i / w.scale_height * columns + j / w.group;
+                const float scale = nested ? scale_levels.floats[scale_codes.at(0, block)] * outer.floats[block / w.scale_group] : float(scales[block]);
+                const float level = levels.floats[codes.at(i, j)] - float(zeros ? zero.at(i / w.scale_height, j / w.group) : 0);
+                const float wanted = level * scale;
+                const double found = matrix[i * count + j - first], bound = s.type == HFQ_FLOAT32 ? 0 : rounding(s.type) * std::fabs(wanted) + tiny(s.type);
+                if (std::fabs(found - wanted) <= bound) continue;
+                std::printf("%s: weight %lld %lld of columns %lld to %lld: %g instead of %g\n", isa.c_str(), (long long)i,
+                            (long long)j, (long long)first, (long long)last, found, double(wanted));
+                return describe(s, w), false;
+            }
+        }
+    }
     if (agree(random, isas, s, expected, call)) return true;
     return describe(s, w), false;
 }
@@ -353,6 +372,61 @@ bool integers(Random &random, const std::vector<std::string> &isas, int threads)
     return describe(s, w), false;
 }
 
+// Rounding is exact: codes and values are compared bit by bit with those of a count of all thresholds.
+bool rounded(Random &random, const std::vector<std::string> &isas, int threads) {
+    hfq_rounding r = {};
+    r.n = random.between(1, 20), r.k = random.one_in(4) ? random.between(500, 1100) : random.between(1, 70);
+    if (random.one_in(20)) r.n = 40, r.k = 900;  // enough for more than one thread
+    const int64_t groups_of[] = {1, 3, 8, 12, 16, 32, 64, 100, r.k, r.k + 5}, heights[] = {1, 1, 2, r.n};
+    r.group = random.of(groups_of), r.scale_height = random.of(heights), r.row_stride = r.k + random.between(0, 3);
+    const int64_t columns = ceil_div(r.k, r.group), rows = ceil_div(r.n, r.scale_height);
+    const bool arithmetic = random.one_in(3), zeros = arithmetic && random.one_in(2);
+    r.count = int32_t(random.one_in(2) ? random.between(2, 16) : random.between(2, 256)), r.keeps_nan = random.one_in(2);
+    const int type = int(random.between(0, 2));
+    const Numbers scale(random, rows * columns, HFQ_FLOAT32, 0.01, 0.1), zero(random, zeros ? rows * columns : 0, HFQ_FLOAT32, 0, 0);
+    for (int64_t i = 0; i < zero.floats.size(); i++) zero.floats[i] = float(random.between(0, r.count - 1));
+    const Numbers levels(random, r.count, HFQ_FLOAT32, -1, 1), thresholds(random, arithmetic ? 0 : r.count - 1, HFQ_FLOAT32, -1, 1);
+    std::sort(levels.floats.data(), levels.floats.data() + r.count);
+    std::sort(thresholds.floats.data(), thresholds.floats.data() + thresholds.floats.size());
+    for (int64_t i = 0; arithmetic && i < r.count; i++) levels.floats[i] = float(i - r.count / 2 * !zeros);
+    r.scale = scale.floats.data(), r.zero = zeros ? zero.floats.data() : nullptr, r.levels = levels.floats.data();
+    r.thresholds = arithmetic ? nullptr : thresholds.floats.data();
+    Numbers x(random, (r.n - 1) * r.row_stride + r.k, type, -0.1, 0.1);
+    for (int64_t i = 0; i < (r.n - 1) * r.row_stride + r.k; i++) {
+        const float tie = thresholds.floats.size() ? thresholds.floats[i % thresholds.floats.size()] * scale.floats[0] : 0.0f;
+        if (random.one_in(4)) x.set(i, random.one_in(3) ? random.real(-30, 30) : double(tie));
+        if (random.one_in(50)) x.set(i, std::numeric_limits<double>::infinity() * (random.one_in(2) ? 1 : -1));
+    }
+    const double large = double(r.count);
+    for (const std::string &isa : isas) {
+        Array<uint8_t> codes = random.array<uint8_t>(r.n * r.k);
+        const Numbers values(random, r.n * r.k, HFQ_FLOAT32, 5, 6);
+        if (hfq_use(isa.c_str()) || hfq_encode(&r, x.data(), codes.data(), type, threads) ||
+            hfq_round(&r, x.data(), static_cast<float *>(values.data()), type, threads))
+            return std::printf("%s: refused\n", isa.c_str()), false;
+        for (int64_t i = 0; i < r.n * r.k; i++) {
+            const int64_t row = i / r.k, column = i % r.k, block = row / r.scale_height * columns + column / r.group;
+            const float step = scale.floats[block], q = float(x[row * r.row_stride + column]) / step;
+            double code = 0, level = 0;
+            if (arithmetic) {
+                const double low = zeros ? 0 : levels[0], offset = zeros ? zero[block] : 0;
+                const double number = std::min(std::max(std::nearbyint(double(q)) + offset, low), low + large - 1);
+                code = number - low, level = number - offset;
+            } else {
+                for (int64_t t = 0; t < r.count - 1; t++) code += q > thresholds.floats[t];
+                level = levels[int64_t(code)];
+            }
+            const float value = float(level) * step;
+            if (codes[i] == code && values[i] == value) continue;
+            std::printf("%s: row %lld column %lld of %lld x %lld, group %lld, %d levels%s: %d and %g instead of %g and %g\n",
+                        isa.c_str(), (long long)row, (long long)column, (long long)r.n, (long long)r.k, (long long)r.group,
+                        r.count, zeros ? ", zeros" : arithmetic ? ", arithmetic" : "", codes[i], values[i], code, value);
+            return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -371,7 +445,8 @@ int main(int count, char **arguments) {
     }
     for (int i = 0; i < problems; i++) {
         Random random(seed * 1000003 + uint64_t(i));
-        if (!(i % 3 ? floating(random, isas, threads) : integers(random, isas, threads)))
+        const auto problem = i % 4 == 3 ? rounded : i % 4 ? floating : integers;
+        if (!problem(random, isas, threads))
             return std::printf("problem %d of seed %llu\n", i, (unsigned long long)seed), 1;
     }
     std::printf("%d problems with %d threads on", problems, threads);

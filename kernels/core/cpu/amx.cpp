@@ -5,6 +5,7 @@
 // All else is the code for AVX-512.
 #include "avx512_int8.h"
 #include "avx512_linear.h"
+#include "avx512_rounding.h"
 
 #include "amx_gemm.h"
 
@@ -117,7 +118,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int};
+const Isa ISA = {"amx", supported, linear, linear_int, round, dequantize};
 
 }  // namespace
 

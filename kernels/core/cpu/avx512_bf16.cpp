@@ -3,6 +3,7 @@
 // `vdpbf16ps`, which adds up in float32; other inputs are computed in float32.
 #include "avx512_int8.h"
 #include "avx512_linear.h"
+#include "avx512_rounding.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return p.weight.bits == 4 ? linear_int_of<4>(p, input) : linear_int_of<8>(p, input);
 }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int};
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, round, dequantize};
 
 }  // namespace
 

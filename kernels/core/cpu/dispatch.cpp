@@ -73,3 +73,20 @@ int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void 
     const Isa *isa = chosen();
     return isa ? isa->linear_int(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
 }
+
+int hfq_encode(const hfq_rounding *rounding, const void *x, uint8_t *codes, int type, int threads) {
+    const Isa *isa = chosen();
+    if (isa) isa->round(RoundingProblem{*rounding, x, codes, nullptr, type, threads});
+    return isa ? 0 : -1;
+}
+
+int hfq_round(const hfq_rounding *rounding, const void *x, float *values, int type, int threads) {
+    const Isa *isa = chosen();
+    if (isa) isa->round(RoundingProblem{*rounding, x, nullptr, values, type, threads});
+    return isa ? 0 : -1;
+}
+
+int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->dequantize(*weight, first, last, to, type, threads) : -1;
+}

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define HFQ_ABI 1
+#define HFQ_ABI 2
 #define HFQ_EXPORT __attribute__((visibility("default")))
 
 enum hfq_type { HFQ_FLOAT32 = 0, HFQ_BFLOAT16 = 1, HFQ_FLOAT16 = 2 };
@@ -47,6 +47,22 @@ typedef struct hfq_input {
     int32_t outlier_type;            /* bfloat16 or float16 */
 } hfq_input;
 
+/* How a matrix [n, k] is rounded: x / scale goes to the nearest level of a grid, a tie to the code of even parity counted
+ * from zero. */
+typedef struct hfq_rounding {
+    int64_t n, k;
+    int64_t row_stride;       /* numbers from one row of the matrix to the next */
+    int64_t group;            /* columns that share a scale, at least 1; the last group of a row may be smaller */
+    int64_t scale_height;     /* rows that share their scales, at least 1 */
+    const float *scale;       /* [ceil(n / scale_height), ceil(k / group)] */
+    const float *zero;        /* as many zero points, NULL for none: round(x / scale) + zero, within [0, count - 1] */
+    int32_t count;            /* of levels, 2 to 256 */
+    const float *levels;      /* [count], sorted */
+    const float *thresholds;  /* [count - 1]: the largest number of each code but the last one. NULL: levels are
+                               * consecutive integers, rounded to by arithmetic; where there is a zero point, too */
+    int32_t keeps_nan;        /* whether the level nearest to NaN is NaN; with thresholds it is the last one otherwise */
+} hfq_rounding;
+
 /* Version of this interface, to be compared with HFQ_ABI. */
 HFQ_EXPORT int hfq_abi(void);
 
@@ -69,6 +85,17 @@ HFQ_EXPORT int hfq_linear(const hfq_weight *weight, const void *x, const float *
  * and no zero points. Integer products are exact. A row of x with a value that is not finite gives NaN. */
 HFQ_EXPORT int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
                               void *y, int64_t m, int type, int threads);
+
+/* Round x [n, k] of `type`. `codes` [n, k]: of the levels; NaN becomes the last code, or 0 by arithmetic. */
+HFQ_EXPORT int hfq_encode(const hfq_rounding *rounding, const void *x, uint8_t *codes, int type, int threads);
+
+/* Round x [n, k] of `type`. `values` [n, k]: level times scale, or (code - zero) times scale. Both return 0, or -1 if
+ * no instruction set is in use. */
+HFQ_EXPORT int hfq_round(const hfq_rounding *rounding, const void *x, float *values, int type, int threads);
+
+/* The columns [first, last) of a weight, [n, last - first] of `type`, rounded once from float32. Returns 0, or -1 if
+ * memory ran out or no instruction set is in use. */
+HFQ_EXPORT int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads);
 
 /* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
 HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);

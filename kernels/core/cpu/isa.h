@@ -13,11 +13,23 @@ struct Problem {
     int threads;
 };
 
+// One of `codes` and `values` is given.
+struct RoundingProblem {
+    const hfq_rounding &rounding;
+    const void *x;
+    uint8_t *codes;
+    float *values;
+    int type;
+    int threads;
+};
+
 struct Isa {
     const char *name;
     bool (*supported)();
     int (*linear)(const Problem &problem);
     int (*linear_int)(const Problem &problem, const hfq_input &input);
+    void (*round)(const RoundingProblem &problem);
+    int (*dequantize)(const hfq_weight &weight, int64_t first, int64_t last, void *to, int type, int threads);
 };
 
 // Weak: a source whose instructions the compiler does not know is not in the library.

@@ -1,5 +1,6 @@
 // Portable C++: what runs where nothing better is built, and what the other sources are compared with.
 #include "portable.h"
+#include "portable_rounding.h"
 
 namespace {
 
@@ -9,7 +10,13 @@ int linear(const Problem &p) { return portable_linear(p, decode_levels); }
 
 int linear_int(const Problem &p, const hfq_input &input) { return portable_linear_int(p, input, decode_levels); }
 
-const Isa ISA = {"scalar", supported, linear, linear_int};
+void round(const RoundingProblem &p) { round_with<OneLane>(p); }
+
+int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int type, int threads) {
+    return dequantize_with<OneLane>(w, first, last, to, type, threads);
+}
+
+const Isa ISA = {"scalar", supported, linear, linear_int, round, dequantize};
 
 }  // namespace
 
