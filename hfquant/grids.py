@@ -70,7 +70,7 @@ class Grid(ABC):
 
         "Even" counts from zero, as in IEEE 754: codes an even number of steps away from the code of 0 win.
         """
-        return torch.bucketize(x, _thresholds(self).to(x.device), out_int32=True).to(torch.uint8)
+        return torch.bucketize(x, thresholds(self).to(x.device), out_int32=True).to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Levels [same shape] of uint8 `codes` in `dtype`."""
@@ -87,7 +87,7 @@ def _levels(grid: Grid) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _thresholds(grid: Grid) -> Tensor:
+def thresholds(grid: Grid) -> Tensor:
     """Largest float32 numbers [L - 1] that still belong to the lower of two neighbouring codes.
 
     `bucketize` gives a value equal to a threshold to the lower code. The middle of two levels is rounded down to

@@ -1,5 +1,6 @@
 // flags: -mavx2 -mfma -mf16c
 // AVX2 and FMA (Haswell, Zen and later): the portable computation, vectorized by the compiler, with faster decoding.
+#include "grid_input.h"
 #include "portable.h"
 
 #include <immintrin.h>
@@ -58,7 +59,9 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return portable_linear_int(p, input, decode_levels);
 }
 
-const Isa ISA = {"avx2", supported, linear, linear_int};
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear<float>(p, input, HFQ_FLOAT32, linear); }
+
+const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 // `vdpbf16ps`, which adds up in float32; other inputs are computed in float32.
 #include "avx512_int8.h"
 #include "avx512_linear.h"
+#include "grid_input.h"
 
 namespace {
 
@@ -29,7 +30,9 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return p.weight.bits == 4 ? linear_int_of<4>(p, input) : linear_int_of<8>(p, input);
 }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int};
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
+
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid};
 
 }  // namespace
 

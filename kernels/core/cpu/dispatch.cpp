@@ -73,3 +73,9 @@ int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void 
     const Isa *isa = chosen();
     return isa ? isa->linear_int(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
 }
+
+int hfq_linear_grid(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias, void *y,
+                    int64_t m, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->linear_grid(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
+}

@@ -1,4 +1,5 @@
 // Portable C++: what runs where nothing better is built, and what the other sources are compared with.
+#include "grid_input.h"
 #include "portable.h"
 
 namespace {
@@ -9,7 +10,9 @@ int linear(const Problem &p) { return portable_linear(p, decode_levels); }
 
 int linear_int(const Problem &p, const hfq_input &input) { return portable_linear_int(p, input, decode_levels); }
 
-const Isa ISA = {"scalar", supported, linear, linear_int};
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear<float>(p, input, HFQ_FLOAT32, linear); }
+
+const Isa ISA = {"scalar", supported, linear, linear_int, linear_grid};
 
 }  // namespace
 
