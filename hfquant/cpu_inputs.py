@@ -101,7 +101,7 @@ def _describe_numbers(seen: Input, grid: Grid) -> None:
     """How numbers are rounded to a grid: by arithmetic on their bits where it can be done, otherwise by a table."""
     if isinstance(grid, IntGrid):
         seen.mantissa_bits, seen.normal = _INTEGER_BITS, 2.0**_INTEGER_BITS
-    elif isinstance(grid, FloatGrid) and grid.m > 0:
+    elif isinstance(grid, FloatGrid):
         seen.mantissa_bits, seen.normal = grid.m, 2.0 ** (1 - grid.exponent_bias)
     else:
         seen.level_count = grid.size

@@ -300,7 +300,7 @@ bool floating(Random &random, const std::vector<std::string> &isas, int threads)
     return describe(s, weight.w), false;
 }
 
-// Grids of four bits: integers and floating-point numbers by arithmetic, powers of two and others by a table.
+// Integers, floating-point numbers and powers of two, found by arithmetic, and others by a table.
 struct AnyGrid {
     std::vector<float> numbers;
     int kind;
@@ -309,7 +309,7 @@ struct AnyGrid {
         const float e2m1[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6}, powers[] = {0, 0.25, 0.5, 1, 2, 4, 8, 16};
         for (int i = -7; i < 8; i++)
             numbers.push_back(kind == 0 ? float(i) : std::copysign((kind == 1 ? e2m1 : powers)[std::abs(i)], float(i)));
-        if (kind == 3)  // more than a few
+        if (kind == 3 && random.one_in(2))  // more than a few
             for (int i = 0; i < 200; i++) numbers.push_back(17 + float(i));
     }
     // The nearest number, ties to the one that is an even number of steps away from 0.
@@ -334,12 +334,12 @@ bool grids(Random &random, const std::vector<std::string> &isas, int threads) {
     const AnyGrid grid(random);
     hfq_input input = {};
     input.low = grid.numbers.front(), input.high = grid.numbers.back();
-    input.mantissa_bits = grid.kind == 0 ? 8 : 1, input.normal = grid.kind == 0 ? 256 : 1;
+    input.mantissa_bits = grid.kind == 0 ? 8 : grid.kind == 1, input.normal = grid.kind == 0 ? 256 : grid.kind == 1 ? 1 : 0.25;
     const int64_t count = int64_t(grid.numbers.size());
     const Array<float> levels = random.array<float>(count), thresholds = random.array<float>(count - 1);
     std::copy(grid.numbers.begin(), grid.numbers.end(), levels.data());
     for (int64_t i = 0; i + 1 < count; i++) thresholds[i] = grid.threshold(size_t(i));
-    if (grid.kind > 1) input.levels = levels.data(), input.thresholds = thresholds.data(), input.level_count = count;
+    if (grid.kind == 3) input.levels = levels.data(), input.thresholds = thresholds.data(), input.level_count = count;
     input.scale = random.one_in(3) ? float(random.real(0.01, 0.3)) : 0;
     input.split = random.one_in(3) ? 3 : std::numeric_limits<float>::infinity();
     const int64_t heights[] = {1, 1, 1, 2, s.m, s.m + 3}, widths[] = {s.k, s.k, s.k, 32, 7, 1};

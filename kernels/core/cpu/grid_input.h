@@ -84,12 +84,14 @@ class Rounding {
     }
 
     void round(const float *values, int64_t count, const Step &by, float factor, float *to) const {
-        if (!in.levels)
-            by_arithmetic(values, count, by, factor, to);
-        else if (in.level_count <= FEW)
+        if (in.levels && in.level_count <= FEW)
             by_counting(values, count, by, factor, to);
-        else
+        else if (in.levels)
             by_search(values, count, by, factor, to);
+        else if (in.mantissa_bits == 0)
+            by_powers(values, count, by, factor, to);
+        else
+            by_arithmetic(values, count, by, factor, to);
     }
 
   private:
@@ -112,6 +114,23 @@ class Rounding {
         }
     }
 
+    // Powers of two and 0: in the middle of two of them, the one with the even code.
+    void by_powers(const float *values, int64_t count, const Step &by, float factor, float *to) const {
+        const float scale = by.scale, low = in.low, high = in.high, least = in.normal;
+        const uint32_t parity = (to_bits(least) >> 23) + 1;
+        for (int64_t j = 0; j < count; j++) {
+            float value = values[j] / scale;
+            value = value < low ? low : value;
+            value = value > high ? high : value;
+            const uint32_t sign = to_bits(value) & 0x80000000, bits = to_bits(value) ^ sign;
+            const uint32_t odd = ((bits >> 23) + parity) & 1;
+            float power = to_float((bits + odd + 0x3FFFFF) & 0x7F800000);
+            power = power < least ? least : power;
+            power = to_float(bits) <= least / 2 ? 0.0f : power;
+            to[j] = to_float(to_bits(power) | sign) * factor;
+        }
+    }
+
     void by_counting(const float *values, int64_t count, const Step &by, float factor, float *to) const {
         float levels[FEW];
         for (int64_t i = 0; i < FEW; i++) levels[i] = i < in.level_count ? in.levels[i] * factor : 0;
@@ -127,7 +146,7 @@ class Rounding {
         for (int64_t j = 0; j < count; j++) {
             const float value = values[j] / by.scale;
             int32_t at = 0;
-            for (int32_t half = 128; half; half /= 2) at += thresholds[at + half - 1] < value ? half : 0;
+            for (int32_t half = 128; half; half /= 2) at += half & -int32_t(thresholds[at + half - 1] < value);
             to[j] = in.levels[at] * factor;
         }
     }

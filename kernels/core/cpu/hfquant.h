@@ -48,7 +48,7 @@ typedef struct hfq_input {
 
     /* What follows is read by `hfq_linear_grid` alone. The numbers of a grid have so many bits behind their first one, */
     int32_t mantissa_bits;
-    float normal;                 /* and from this one down to 0 the same step. Integers have, say, 8 bits, and 256. */
+    float normal;                 /* and from this one down to 0 the same step. Integers have, say, 8 and 256. */
     const float *levels;          /* Or they are any sorted ones: [level_count], NULL for none, */
     const float *thresholds;      /* and [level_count - 1] the largest number that is rounded to the lower of two. */
     int64_t level_count;          /* up to 256 */
