@@ -124,8 +124,10 @@ class Bytes(Layout):
         """The codes themselves."""
         return stored
 
-    def levels_of_bytes(self, grid: Grid) -> Tensor:
-        """The levels, and 0 for codes that the grid does not have."""
+    def levels_of_bytes(self, grid: Grid) -> Tensor | None:
+        """The levels, and 0 for codes that the grid does not have; what decodes otherwise says so itself."""
+        if (type(self).decode, type(self).unpack) != (Bytes.decode, Bytes.unpack):
+            return None
         levels = grid.levels()
         return pad(levels, (0, 256 - levels.numel()))
 
