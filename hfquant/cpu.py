@@ -7,51 +7,28 @@ instruction set of the processor; HFQUANT_CPU_ISA asks for another one.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .blocks import Blocks
 from .build import cpu_library
-from .errors import FormatError, UnsupportedError
-from .grids import IntGrid
+from .codebooks import FittedGrid
+from .cpu_inputs import describe_input, why_not_input
+from .cpu_types import TYPES, Input, Weight, hold
+from .errors import UnsupportedError
 from .grids import grid as named
 from .kernel import Bound, Kernel
-from .layouts import INPUT_NAMES
+from .layouts import LAYOUTS
 from .packing import packed_width
-from .spec import InputSpec, PackedSpec, TensorSpec
+from .spec import PackedSpec, TensorSpec
 
 ABI = 2
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAYOUTS = ("bytes", "dense")
-MOST_COLUMNS = 1 << 16  # products of two bytes that fit into 32 bits, added up
-
-
-class Weight(ctypes.Structure):
-    """`hfq_weight` of hfquant.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("n", "k", "row_bytes", "group", "scale_height")),
-        *((name, c_void_p) for name in ("codes", "levels", "scale", "zero")),
-        *((name, c_void_p) for name in ("scale_codes", "scale_levels", "scale_scale")),
-        *(("scale_group", c_int64), ("bits", c_int32), ("zero_bits", c_int32), ("scale_type", c_int32)),
-    )
-
-
-class Input(ctypes.Structure):
-    """`hfq_input` of hfquant.h."""
-
-    _fields_ = (
-        *((name, c_float) for name in ("low", "high", "scale", "split")),
-        *(("outlier_count", c_int64), ("outliers", c_void_p), ("outlier_weight", c_void_p), ("outlier_type", c_int32)),
-    )
 
 
 class Library:
@@ -67,6 +44,7 @@ class Library:
         self._c.hfq_read.restype, self._c.hfq_read.argtypes = c_int64, [c_void_p, c_int64, c_int]
         self._c.hfq_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
         self._c.hfq_linear_int.argtypes = [c_void_p, *self._c.hfq_linear.argtypes]
+        self._c.hfq_linear_grid.argtypes = self._c.hfq_linear_int.argtypes
         if (found := self._c.hfq_abi()) != ABI:
             raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
         if self._c.hfq_isa() is None:
@@ -117,7 +95,8 @@ class Library:
         if input is None:
             failed = self._c.hfq_linear(ctypes.addressof(weight), *rest)
         else:
-            failed = self._c.hfq_linear_int(ctypes.addressof(weight), ctypes.addressof(input), *rest)
+            call = self._c.hfq_linear_int if input.integers else self._c.hfq_linear_grid
+            failed = call(ctypes.addressof(weight), ctypes.addressof(input), *rest)
         if failed:
             raise MemoryError(f"the CPU kernels ran out of memory on a {weight.n} x {weight.k} weight")
         return y
@@ -140,11 +119,11 @@ def library() -> Library | str:
 
 def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
     """Reason why a weight cannot be run, or None."""
-    if spec.layout not in LAYOUTS:
-        return f"reads layouts {' and '.join(LAYOUTS)}, the weight has {spec.layout!r}"
+    if reason := why_not_layout(spec):
+        return reason
     if dtype not in TYPES:
         return f"takes float32, bfloat16 and float16 inputs, not {dtype}"
-    if spec.scheme.input is not None and (reason := why_not_int(spec, spec.scheme.input)):
+    if spec.scheme.input is not None and (reason := why_not_input(spec.scheme.input)):
         return reason
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec) and isinstance(inner.scale, TensorSpec):
@@ -153,23 +132,14 @@ def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | 
     return found if isinstance(found, str) else None
 
 
-def why_not_int(spec: PackedSpec, input: InputSpec) -> str | None:
-    """Reason why a layer that quantizes its input cannot be run, or None."""
-    weight, seen = spec.scheme.weight, input.tensor
-    if not all(isinstance(grid, IntGrid) and grid.is_signed for grid in (weight.numbers(), seen.numbers())):
-        return f"multiplies signed integers, this layer {weight.grid} and {seen.grid}"
-    if weight.blocks.sides(spec.shape) != (1, spec.shape[1]) or isinstance(weight.scale, TensorSpec):
-        return "multiplies integers of weights with one scale for each row"
-    if seen.zero or seen.blocks != (Blocks(1, -1) if input.dynamic else Blocks(-1, -1)):
-        return "multiplies integers of inputs with one scale for each token, or for all, and no zero point"
-    if input.dynamic and seen.scale != "float32":
-        return f"has float32 scales for inputs, this layer rounds them to {seen.scale}"
-    if "order" in spec.names and spec.outliers:
-        return "does not keep columns of inputs that are quantized in another order"
-    if spec.layout == "dense" and weight.numbers().bits != 4:
-        return f"multiplies integers of 4 and 8 bits, the weight has {weight.numbers().bits}"
-    if spec.shape[1] > MOST_COLUMNS:
-        return f"adds up to {MOST_COLUMNS} products of integers in 32 bits, the weight has {spec.shape[1]} columns"
+def why_not_layout(spec: PackedSpec) -> str | None:
+    """Reason why stored codes cannot be read, or None."""
+    if spec.layout in ("bytes", "dense"):
+        return None
+    found = LAYOUTS.get(spec.layout) if spec.layout in LAYOUTS else None
+    fitted = isinstance(spec.scheme.weight.numbers(), FittedGrid)
+    if found is None or fitted or found.levels_of_bytes(spec.scheme.weight.numbers()) is None:
+        return f"reads layout 'dense', and those with a code in each byte, layout {spec.layout!r} is neither"
     return None
 
 
@@ -185,7 +155,9 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     assert isinstance(found, Library)
     weight = describe(tensors, spec)
     seen = None if spec.scheme.input is None else describe_input(tensors, spec, spec.scheme.input)
-    order = spec.names.index("order") if "order" in tensors else None
+    # Blocks of an input are those of its own columns: where there may be some, the library brings them into order.
+    reordered = "order" in tensors and (seen is None or seen.integers)
+    order = spec.names.index("order") if reordered else None
 
     def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
         if order is not None:
@@ -205,52 +177,32 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     return linear_and_outliers
 
 
-def describe_input(tensors: dict[str, Tensor], spec: PackedSpec, input: InputSpec) -> Input:
-    """How the library quantizes the input of a layer; like a `Weight`, it holds addresses.
-
-    Raises FormatError for a static range without a positive scale, and for fewer outliers than there should be.
-    """
-    levels = input.tensor.numbers().levels()
-    split = math.inf if input.split is None else input.split
-    described = Input(low=float(levels[0]), high=float(levels[-1]), split=split)
-    if not input.dynamic:
-        described.scale = float(tensors[INPUT_NAMES[0]])
-        if not described.scale > 0:  # the library would take 0 for a range of each token's own
-            raise FormatError(f"{INPUT_NAMES[0]} is {described.scale}, a scale is above 0: the checkpoint is damaged")
-    if spec.outliers:
-        weight, count = tensors["outlier_weight"], spec.outliers
-        described.outlier_count = count
-        described.outliers = _hold(described, tensors["outlier_index"], count, "outlier columns")
-        described.outlier_weight = _hold(described, weight, spec.shape[0] * count, "weights of outlier columns")
-        described.outlier_type = TYPES[weight.dtype]
-    return described
-
-
 def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
     """The weight as the library sees it; it holds addresses, so the tensors must outlive it.
 
     Raises FormatError if there are fewer codes or scales than the shape needs: the library reads what it is told to.
     """
     weight = Weight.from_buffer_copy(_frame(spec))
-    weight.codes = _hold(weight, tensors["codes"], spec.shape[0] * weight.row_bytes, "codes")
+    weight.codes = hold(weight, tensors["codes"], spec.shape[0] * weight.row_bytes, "codes")
     table = tensors.get("levels")
-    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if table is None else _hold(weight, _padded(table))
+    stored = levels_of(spec.scheme.weight.grid, spec.layout) if table is None else _padded(table)
+    weight.levels = hold(weight, stored)
     counts = spec.scheme.weight.blocks.counts(spec.shape)
     if "zero" in tensors:
         needed = counts[0] * packed_width(counts[1], weight.zero_bits)
-        weight.zero = _hold(weight, tensors["zero"], needed, "zero points")
+        weight.zero = hold(weight, tensors["zero"], needed, "zero points")
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec):
         row = (1, counts[0] * counts[1])
         outer = inner.blocks.counts(row)
-        weight.scale_codes = _hold(weight, tensors["scale_codes"], row[1], "scales")
-        weight.scale_levels = levels_of(inner.grid).data_ptr()
+        weight.scale_codes = hold(weight, tensors["scale_codes"], row[1], "scales")
+        weight.scale_levels = hold(weight, levels_of(inner.grid))
         factors = tensors["scale_scale"]
-        weight.scale_scale = _hold(
+        weight.scale_scale = hold(
             weight, factors.float(), outer[1] if factors.dtype == torch.float32 else 0, "scales of scales"
         )
     else:
-        weight.scale = _hold(weight, tensors["scale"], counts[0] * counts[1], "scales")
+        weight.scale = hold(weight, tensors["scale"], counts[0] * counts[1], "scales")
         weight.scale_type = TYPES[tensors["scale"].dtype]
     return weight
 
@@ -271,27 +223,16 @@ def _frame(spec: PackedSpec) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def levels_of(grid: str) -> Tensor:
-    """Level of every byte [256] float32; codes that the grid does not have stand for 0."""
-    table, levels = torch.zeros(256), named(grid).levels()
-    table[: levels.numel()] = levels
+def levels_of(grid: str, layout: str = "bytes") -> Tensor:
+    """Level of every byte [256] float32, or of every code of layout "dense"."""
+    table = LAYOUTS.get("bytes" if layout == "dense" else layout).levels_of_bytes(named(grid))
+    assert table is not None
     return table
 
 
 def _padded(levels: Tensor) -> Tensor:
     """A fitted table with as many entries as there are bytes."""
     return F.pad(levels, (0, max(0, 256 - levels.numel())))
-
-
-def _hold(owner: Weight | Input, tensor: Tensor, needed: int = 0, what: str = "") -> int:
-    """Address of a tensor, or of a copy without gaps, which lives as long as its owner."""
-    if tensor.numel() < needed:
-        raise FormatError(f"a packed weight needs {needed} {what}, found {tensor.numel()}: the checkpoint is damaged")
-    if needed and tensor.is_contiguous():
-        return tensor.data_ptr()
-    copy = tensor.contiguous()
-    owner.__dict__.setdefault("held", []).append(copy)
-    return copy.data_ptr()
 
 
 KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import CalibrationError, FormatError, SpecError
 from .grids import Grid
@@ -36,6 +37,14 @@ class Layout:
     def decode(self, stored: Tensor, grid: Grid, count: int) -> Tensor:
         """Codes [N, count] uint8; inverse of `encode`."""
         raise NotImplementedError
+
+    def levels_of_bytes(self, grid: Grid) -> Tensor | None:
+        """What each stored byte stands for, [256] float32, or None: the CPU kernels read layouts that say it.
+
+        Such a layout keeps "codes" as [N, K] of any one-byte dtype, and the other tensors as `pack` does here. Bytes
+        that stand for no number are NaN.
+        """
+        return None
 
     def pack(self, q: QTensor) -> dict[str, Tensor]:
         """Stored tensors of a weight. Raises SpecError if this layout cannot hold it."""
@@ -114,6 +123,13 @@ class Bytes(Layout):
     def decode(self, stored: Tensor, grid: Grid, count: int) -> Tensor:
         """The codes themselves."""
         return stored
+
+    def levels_of_bytes(self, grid: Grid) -> Tensor | None:
+        """The levels, and 0 for codes that the grid does not have; what decodes otherwise says so itself."""
+        if (type(self).decode, type(self).unpack) != (Bytes.decode, Bytes.unpack):
+            return None
+        levels = grid.levels()
+        return pad(levels, (0, 256 - levels.numel()))
 
 
 class Dense(Layout):

@@ -165,6 +165,19 @@ def rows_are_rows(recipe: Recipe) -> None:
         require(torch.equal(rows, expected), f"Layout.rows differs from the rows of the whole matrix {list(w.shape)}")
 
 
+def bytes_are_levels(recipe: Recipe) -> None:
+    """A layout that says what its bytes stand for, which kernels believe, means the numbers that it unpacks."""
+    w = sample(SHAPES[0])
+    packed, spec = pack_sample(quantized(w, recipe), recipe)
+    if "levels" in packed or (table := LAYOUTS.get(spec.layout).levels_of_bytes(spec.scheme.weight.numbers())) is None:
+        return
+    stored = packed["codes"]
+    require(stored.shape == w.shape and stored.element_size() == 1, f"codes are {list(stored.shape)} {stored.dtype}")
+    expected = spec.scheme.weight.numbers().decode(unpack(list(packed.values()), spec).codes)
+    found = table[stored.view(torch.uint8).int()]
+    require(torch.equal(found, expected), "Layout.levels_of_bytes gives other numbers than Layout.unpack")
+
+
 def damage_is_refused(recipe: Recipe) -> None:
     """NaN and infinite weights raise, naming the layer."""
     for bad in (torch.nan, torch.inf, -torch.inf):
@@ -232,6 +245,7 @@ CHECKS: dict[str, Callable[[Recipe], None]] = {
     "unpack inverts pack": unpack_inverts_pack,
     "shapes are known in advance": shapes_are_known_in_advance,
     "rows are rows of the matrix": rows_are_rows,
+    "bytes stand for their levels": bytes_are_levels,
     "damaged weights are refused": damage_is_refused,
     "gradient of the input": input_gradient,
 }

@@ -208,85 +208,245 @@ bool agree(Random &random, const std::vector<std::string> &isas, const Sizes &s,
     return true;
 }
 
-bool floating(Random &random, const std::vector<std::string> &isas, int threads) {
-    const Sizes s(random);
+// Any weight.
+struct AnyWeight {
     hfq_weight w = {};
-    w.n = s.n, w.k = s.k, w.bits = int32_t(random.between(2, 8));
-    const Packed codes(random, s.n, s.k, w.bits);
-    w.codes = codes.bytes.data(), w.row_bytes = codes.row_bytes;
-    const int64_t groups_of[] = {1, 8, 12, 16, 32, 32, 40, 64, 64, 96, 128, 128, 256, s.k, s.k + 5}, heights[] = {1, 1, 1, 3, 16, s.n};
-    w.group = random.of(groups_of), w.scale_height = random.of(heights);
-    const Numbers levels(random, std::max(16, 1 << w.bits), HFQ_FLOAT32, -1, 1);
-    if (random.one_in(2))
-        for (int64_t code = 0; code < levels.floats.size(); code++) levels.floats[code] = float(code % 256);
-    w.levels = levels.floats.data();
-    const int64_t columns = ceil_div(s.k, w.group), rows = ceil_div(s.n, w.scale_height);
-    w.scale_type = int32_t(random.between(0, 2));
-    const bool nested = random.one_in(4), zeros = random.one_in(2);
-    const int64_t groups_of_scales[] = {1, 7, 16, 64, 256};
-    w.scale_group = random.of(groups_of_scales);
-    const Numbers scales(random, nested ? 0 : rows * columns, w.scale_type, 0.01, 0.1);
-    const Packed scale_codes(random, 1, nested ? rows * columns : 0, 8);
-    const Numbers scale_levels(random, nested ? 256 : 0, HFQ_FLOAT32, 0.1, 1);
-    const Numbers outer(random, nested ? ceil_div(rows * columns, w.scale_group) : 0, HFQ_FLOAT32, 0.01, 0.1);
-    if (nested) {
-        w.scale_codes = scale_codes.bytes.data(), w.scale_levels = scale_levels.floats.data();
-        w.scale_scale = outer.floats.data();
-    } else {
-        w.scale = scales.data();
-    }
-    w.zero_bits = int32_t(random.between(2, 8));
-    const Packed zero(random, zeros ? rows : 0, columns, w.zero_bits);
-    if (zeros) w.zero = zero.bytes.data();
-    Numbers x(random, s.m * s.k, s.type, -0x1p-5, 0x1p-5);
-    for (int64_t i = random.between(0, 9); i < s.m * s.k; i += random.between(1, 20)) x.set(i, random.one_in(2) ? 0 : 0.5);
-    const Numbers bias(random, random.one_in(2) ? s.n : 0, HFQ_FLOAT32, -1, 1);
-    const float *offset = bias.floats.size() ? bias.floats.data() : nullptr;
+    int64_t columns, rows;  // of its blocks
+    bool nested, zeros;
+    Packed codes;
+    Numbers levels, scales, scale_levels, outer;
+    Packed scale_codes, zero;
 
-    // bfloat16 rounds levels, weights and results; float32 sums of 16 lanes, in any order, round for each product.
-    const double roundings = s.type == HFQ_BFLOAT16 ? 3.1 : s.type == HFQ_FLOAT16 ? 1 : 0;
+    AnyWeight(Random &random, const Sizes &s) : AnyWeight(random, s, frame(random, s), random.one_in(4), random.one_in(2)) {}
+
+    double value(int64_t i, int64_t j) const { return (level(i, j) - shift(i, j)) * scale(i, j); }
+    float in_float(int64_t i, int64_t j) const {
+        const int64_t block = i / w.scale_height * columns + j / w.group;
+        const float by = nested ? scale_levels.floats[scale_codes.at(0, block)] * outer.floats[block / w.scale_group]
+                                : float(scales[block]);
+        return (float(level(i, j)) - float(shift(i, j))) * by;
+    }
+    double size(int64_t i, int64_t j) const { return (std::fabs(level(i, j)) + shift(i, j)) * scale(i, j); }
+
+  private:
+    static hfq_weight frame(Random &random, const Sizes &s) {
+        hfq_weight w = {};
+        w.n = s.n, w.k = s.k, w.bits = int32_t(random.between(2, 8));
+        const int64_t groups_of[] = {1, 8, 12, 16, 32, 32, 40, 64, 64, 96, 128, 128, 256, s.k, s.k + 5}, heights[] = {1, 1, 1, 3, 16, s.n};
+        w.group = random.of(groups_of), w.scale_height = random.of(heights);
+        w.scale_type = int32_t(random.between(0, 2)), w.zero_bits = int32_t(random.between(2, 8));
+        const int64_t groups_of_scales[] = {1, 7, 16, 64, 256};
+        w.scale_group = random.of(groups_of_scales);
+        return w;
+    }
+
+    AnyWeight(Random &random, const Sizes &s, const hfq_weight &given, bool with_scales, bool with_zeros)
+        : w(given), columns(ceil_div(s.k, w.group)), rows(ceil_div(s.n, w.scale_height)), nested(with_scales), zeros(with_zeros),
+          codes(random, s.n, s.k, w.bits), levels(random, std::max(16, 1 << w.bits), HFQ_FLOAT32, -1, 1),
+          scales(random, nested ? 0 : rows * columns, w.scale_type, 0.01, 0.1),
+          scale_levels(random, nested ? 256 : 0, HFQ_FLOAT32, 0.1, 1),
+          outer(random, nested ? ceil_div(rows * columns, w.scale_group) : 0, HFQ_FLOAT32, 0.01, 0.1),
+          scale_codes(random, 1, nested ? rows * columns : 0, 8), zero(random, zeros ? rows : 0, columns, w.zero_bits) {
+        if (random.one_in(2))
+            for (int64_t code = 0; code < levels.floats.size(); code++) levels.floats[code] = float(code % 256);
+        w.codes = codes.bytes.data(), w.row_bytes = codes.row_bytes, w.levels = levels.floats.data();
+        if (nested) {
+            w.scale_codes = scale_codes.bytes.data(), w.scale_levels = scale_levels.floats.data();
+            w.scale_scale = outer.floats.data();
+        } else {
+            w.scale = scales.data();
+        }
+        if (zeros) w.zero = zero.bytes.data();
+    }
+
+    double level(int64_t i, int64_t j) const { return levels[codes.at(i, j)]; }
+    double shift(int64_t i, int64_t j) const { return zeros ? zero.at(i / w.scale_height, j / w.group) : 0; }
+    double scale(int64_t i, int64_t j) const {
+        const int64_t block = i / w.scale_height * columns + j / w.group;
+        return nested ? scale_levels[scale_codes.at(0, block)] * outer[block / w.scale_group] : scales[block];
+    }
+};
+
+// What a layer without quantized inputs gives for x [m, k], and how far from it results may be after so many roundings to
+// the type of y.
+Expected product(const Sizes &s, const AnyWeight &weight, const std::vector<double> &x, const float *offset, double roundings) {
     const double relative = roundings * rounding(s.type) + (double(s.k) / 16 + 32) * 0x1p-23;
     Expected expected{std::vector<double>(size_t(s.m * s.n)), std::vector<double>(size_t(s.m * s.n))};
-    std::vector<double> weight(static_cast<size_t>(s.k)), size(weight);
+    std::vector<double> value(static_cast<size_t>(s.k)), size(value);
     for (int64_t i = 0; i < s.n; i++) {
-        for (int64_t j = 0; j < s.k; j++) {
-            const int64_t block = i / w.scale_height * columns + j / w.group;
-            const double scale = nested ? scale_levels[scale_codes.at(0, block)] * outer[block / w.scale_group] : scales[block];
-            const double level = levels[codes.at(i, j)], shift = zeros ? zero.at(i / w.scale_height, j / w.group) : 0;
-            weight[size_t(j)] = (level - shift) * scale, size[size_t(j)] = (std::fabs(level) + shift) * scale;
-        }
+        for (int64_t j = 0; j < s.k; j++) value[size_t(j)] = weight.value(i, j), size[size_t(j)] = weight.size(i, j);
         for (int64_t m = 0; m < s.m; m++) {
             double sum = offset ? offset[i] : 0, terms = std::fabs(sum);
             for (int64_t j = 0; j < s.k; j++) {
-                sum += x[m * s.k + j] * weight[size_t(j)];
-                terms += std::fabs(x[m * s.k + j]) * size[size_t(j)];
+                const double number = x[size_t(m * s.k + j)];
+                sum += number * value[size_t(j)];
+                terms += std::fabs(number) * size[size_t(j)];
             }
             expected.y[size_t(m * s.n + i)] = sum;
             expected.bound[size_t(m * s.n + i)] = relative * terms + tiny(s.type);
         }
     }
-    const auto call = [&](void *y) { return hfq_linear(&w, x.data(), offset, y, s.m, s.type, threads); };
+    return expected;
+}
+
+// Some columns of a weight as a matrix, which must be those computed in float32, rounded once.
+bool dequantized(Random &random, const std::vector<std::string> &isas, const Sizes &s, const AnyWeight &weight, int threads) {
     const int64_t first = random.between(0, s.k - 1), last = random.between(first + 1, s.k), count = last - first;
     for (const std::string &isa : isas) {
         const Numbers matrix(random, s.n * count, s.type, 5, 6);
-        if (hfq_use(isa.c_str()) || hfq_dequantize(&w, first, last, matrix.data(), s.type, threads))
+        if (hfq_use(isa.c_str()) || hfq_dequantize(&weight.w, first, last, matrix.data(), s.type, threads))
             return std::printf("%s: refused\n", isa.c_str()), false;
         for (int64_t i = 0; i < s.n; i++) {
             for (int64_t j = first; j < last; j++) {
-                const int64_t block = i / w.scale_height * columns + j / w.group;
-                const float scale = nested ? scale_levels.floats[scale_codes.at(0, block)] * outer.floats[block / w.scale_group] : float(scales[block]);
-                const float level = levels.floats[codes.at(i, j)] - float(zeros ? zero.at(i / w.scale_height, j / w.group) : 0);
-                const float wanted = level * scale;
-                const double found = matrix[i * count + j - first], bound = s.type == HFQ_FLOAT32 ? 0 : rounding(s.type) * std::fabs(wanted) + tiny(s.type);
+                const float wanted = weight.in_float(i, j);
+                const double found = matrix[i * count + j - first];
+                const double bound = s.type == HFQ_FLOAT32 ? 0 : rounding(s.type) * std::fabs(wanted) + tiny(s.type);
                 if (std::fabs(found - wanted) <= bound) continue;
                 std::printf("%s: weight %lld %lld of columns %lld to %lld: %g instead of %g\n", isa.c_str(), (long long)i,
                             (long long)j, (long long)first, (long long)last, found, double(wanted));
-                return describe(s, w), false;
+                return false;
             }
         }
     }
+    return true;
+}
+
+bool floating(Random &random, const std::vector<std::string> &isas, int threads) {
+    const Sizes s(random);
+    const AnyWeight weight(random, s);
+    Numbers x(random, s.m * s.k, s.type, -0x1p-5, 0x1p-5);
+    for (int64_t i = random.between(0, 9); i < s.m * s.k; i += random.between(1, 20)) x.set(i, random.one_in(2) ? 0 : 0.5);
+    const Numbers bias(random, random.one_in(2) ? s.n : 0, HFQ_FLOAT32, -1, 1);
+    const float *offset = bias.floats.size() ? bias.floats.data() : nullptr;
+    std::vector<double> plain;
+    for (int64_t i = 0; i < s.m * s.k; i++) plain.push_back(x[i]);
+    // bfloat16 rounds levels, weights and results; float32 sums of 16 lanes, in any order, round for each product.
+    const double roundings = s.type == HFQ_BFLOAT16 ? 3.1 : s.type == HFQ_FLOAT16 ? 1 : 0;
+    const Expected expected = product(s, weight, plain, offset, roundings);
+    if (!dequantized(random, isas, s, weight, threads)) return describe(s, weight.w), false;
+    const auto call = [&](void *y) { return hfq_linear(&weight.w, x.data(), offset, y, s.m, s.type, threads); };
     if (agree(random, isas, s, expected, call)) return true;
-    return describe(s, w), false;
+    return describe(s, weight.w), false;
+}
+
+// Integers, floating-point numbers and powers of two, found by arithmetic, and others by a table.
+struct AnyGrid {
+    std::vector<float> numbers;
+    int kind;
+
+    explicit AnyGrid(Random &random) : kind(int(random.between(0, 3))) {
+        const float e2m1[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6}, powers[] = {0, 0.25, 0.5, 1, 2, 4, 8, 16};
+        for (int i = -7; i < 8; i++)
+            numbers.push_back(kind == 0 ? float(i) : std::copysign((kind == 1 ? e2m1 : powers)[std::abs(i)], float(i)));
+        if (kind == 3 && random.one_in(2))  // more than a few
+            for (int i = 0; i < 200; i++) numbers.push_back(17 + float(i));
+    }
+    // The nearest number, ties to the one that is an even number of steps away from 0.
+    float nearest(float value) const {
+        size_t best = 0;
+        for (size_t i = 1; i < numbers.size(); i++) {
+            const double was = std::fabs(double(value) - numbers[best]), is = std::fabs(double(value) - numbers[i]);
+            if (is < was || (is == was && i % 2 == 1)) best = i;  // 0 is the seventh
+        }
+        return numbers[best];
+    }
+    // The largest float32 that is rounded to the lower of two neighbours.
+    float threshold(size_t i) const {
+        float middle = float((double(numbers[i]) + numbers[i + 1]) / 2);
+        return nearest(middle) == numbers[i] ? middle : std::nextafter(middle, -INFINITY);
+    }
+};
+
+bool grids(Random &random, const std::vector<std::string> &isas, int threads) {
+    const Sizes s(random);
+    const AnyWeight weight(random, s);
+    const AnyGrid grid(random);
+    hfq_input input = {};
+    input.low = grid.numbers.front(), input.high = grid.numbers.back();
+    input.mantissa_bits = grid.kind == 0 ? 8 : grid.kind == 1, input.normal = grid.kind == 0 ? 256 : grid.kind == 1 ? 1 : 0.25;
+    const int64_t count = int64_t(grid.numbers.size());
+    const Array<float> levels = random.array<float>(count), thresholds = random.array<float>(count - 1);
+    std::copy(grid.numbers.begin(), grid.numbers.end(), levels.data());
+    for (int64_t i = 0; i + 1 < count; i++) thresholds[i] = grid.threshold(size_t(i));
+    if (grid.kind == 3) input.levels = levels.data(), input.thresholds = thresholds.data(), input.level_count = count;
+    input.scale = random.one_in(3) ? float(random.real(0.01, 0.3)) : 0;
+    input.split = random.one_in(3) ? 3 : std::numeric_limits<float>::infinity();
+    const int64_t heights[] = {1, 1, 1, 2, s.m, s.m + 3}, widths[] = {s.k, s.k, s.k, 32, 7, 1};
+    input.height = random.of(heights), input.width = std::min(s.k, random.of(widths));
+    input.scale_type = int32_t(random.between(0, 2)), input.scale_last = random.one_in(2);
+    if (grid.kind == 0 && random.one_in(2)) input.zero = 1, input.low = 0, input.high = 15, input.zero_point = float(random.between(0, 15));
+    std::vector<int32_t> places(size_t(s.k)), kept;
+    for (int64_t j = 0; j < s.k; j++) places[size_t(j)] = int32_t(j);
+    for (int64_t j = s.k - 1; j > 0; j--) std::swap(places[size_t(j)], places[size_t(random.between(0, j))]);
+    if (random.one_in(2)) std::sort(places.begin(), places.end());
+    const Array<int32_t> order = random.array<int32_t>(s.k);
+    std::copy(places.begin(), places.end(), order.data());
+    if (!std::is_sorted(places.begin(), places.end())) input.order = order.data();
+    const bool stored = random.one_in(2);
+    for (int64_t j = 0; stored && j < s.k; j++)
+        if (random.one_in(20)) kept.push_back(int32_t(j));
+    const Array<int32_t> outliers = random.array<int32_t>(int64_t(kept.size()));
+    std::copy(kept.begin(), kept.end(), outliers.data());
+    input.outlier_count = outliers.size(), input.outlier_type = int32_t(random.between(1, 2));
+    const Numbers outlier_weight(random, s.n * input.outlier_count, input.outlier_type, -1, 1);
+    input.outliers = outliers.data(), input.outlier_weight = outlier_weight.words.data();
+    Numbers x(random, s.m * s.k, s.type, -2, 2);
+    for (int64_t i = random.between(0, 99); i < s.m * s.k; i += random.between(1, 500)) x.set(i, random.real(-8, 8));
+    const Numbers bias(random, random.one_in(2) ? s.n : 0, HFQ_FLOAT32, -1, 1);
+    const float *offset = bias.floats.size() ? bias.floats.data() : nullptr;
+
+    enum { ROUNDED, SPLIT, APART };
+    std::vector<int> kind(size_t(s.k), ROUNDED);
+    for (int64_t i = 0; i < s.m * s.k; i++)
+        if (std::fabs(x[i]) >= input.split) kind[size_t(i % s.k)] = SPLIT;
+    for (const int32_t j : kept) kind[size_t(j)] = APART;
+    const bool given = input.scale != 0;
+    const int64_t height = given ? 1 : input.height, width = given ? s.k : input.width;
+    std::vector<double> plain(size_t(s.m * s.k)), seen(plain);
+    for (int64_t top = 0; top < s.m; top += height)
+        for (int64_t left = 0; left < s.k; left += width) {
+            const int64_t bottom = std::min(top + height, s.m), right = std::min(left + width, s.k);
+            float low = 0, high = 0;
+            const auto rest = [&](int64_t m, int64_t j) { return kind[size_t(j)] == ROUNDED ? float(x[m * s.k + j]) : 0.0f; };
+            for (int64_t m = top; m < bottom; m++)
+                for (int64_t j = left; j < right; j++) low = std::min(low, rest(m, j)), high = std::max(high, rest(m, j));
+            float scale = input.zero ? (high - low) / input.high : std::max(high, -low) / input.high;
+            scale = given ? input.scale : scale == 0 ? 1 : scale;
+            if (!given && input.scale_type != HFQ_FLOAT32) {  // to 8 or 11 bits, nearest, ties to even
+                int exponent;
+                const int bits = input.scale_type == HFQ_BFLOAT16 ? 8 : 11;
+                const double fraction = std::frexp(double(scale), &exponent);
+                const int last = input.scale_type == HFQ_FLOAT16 && exponent < -13 ? 24 + exponent : bits;
+                const double steps = std::ldexp(fraction, last);
+                scale = float(std::ldexp(last < bits ? std::max(1.0, std::ceil(steps)) : std::nearbyint(steps), exponent - last));
+            }
+            const float zero = !input.zero ? 0 : given ? input.zero_point : std::min(15.0f, std::nearbyint(-low / scale));
+            for (int64_t m = top; m < bottom; m++)
+                for (int64_t j = left; j < right; j++) {
+                    const float value = rest(m, j) / scale;
+                    const float whole = std::min(std::max(std::nearbyint(value) + zero, 0.0f), 15.0f) - zero;
+                    const double number = double(input.zero ? whole : grid.nearest(value)) * scale;
+                    plain[size_t(m * s.k + j)] = kind[size_t(j)] == SPLIT ? x[m * s.k + j] : kind[size_t(j)] == APART ? 0 : number;
+                }
+        }
+    for (int64_t m = 0; m < s.m; m++)
+        for (int64_t j = 0; j < s.k; j++) seen[size_t(m * s.k + j)] = plain[size_t(m * s.k + places[size_t(j)])];
+    // bfloat16 may round inputs times their scale as well.
+    const double roundings = s.type == HFQ_BFLOAT16 ? 4.1 : s.type == HFQ_FLOAT16 ? 1 : 0;
+    Expected expected = product(s, weight, seen, offset, roundings);
+    for (int64_t i = 0; i < s.n; i++)
+        for (int64_t m = 0; m < s.m; m++)
+            for (size_t o = 0; o < kept.size(); o++) {
+                const double more = x[m * s.k + kept[o]] * outlier_weight[i * input.outlier_count + int64_t(o)];
+                expected.y[size_t(m * s.n + i)] += more;
+                expected.bound[size_t(m * s.n + i)] += (roundings * rounding(s.type) + 0x1p-20) * std::fabs(more);
+            }
+    const auto call = [&](void *y) { return hfq_linear_grid(&weight.w, &input, x.data(), offset, y, s.m, s.type, threads); };
+    if (agree(random, isas, s, expected, call)) return true;
+    std::printf("grid %d scale %g of type %d split %g zero %d, %lld outliers, blocks %lld x %lld, %s: ", grid.kind, input.scale,
+                input.scale_type, input.split, input.zero, (long long)input.outlier_count, (long long)input.height,
+                (long long)input.width, input.order ? "ordered" : "as they are");
+    return describe(s, weight.w), false;
 }
 
 bool integers(Random &random, const std::vector<std::string> &isas, int threads) {
@@ -445,7 +605,8 @@ int main(int count, char **arguments) {
     }
     for (int i = 0; i < problems; i++) {
         Random random(seed * 1000003 + uint64_t(i));
-        const auto problem = i % 4 == 3 ? rounded : i % 4 ? floating : integers;
+        bool (*const problems[])(Random &, const std::vector<std::string> &, int) = {integers, floating, grids, rounded};
+        const auto problem = problems[i % 4];
         if (!problem(random, isas, threads))
             return std::printf("problem %d of seed %llu\n", i, (unsigned long long)seed), 1;
     }

@@ -28,8 +28,12 @@ HALF = 2.0**-8  # of a last place of bfloat16
 # bfloat16, and float32 sums.
 WORST = {torch.bfloat16: (1 + HALF) ** 2 - 1, torch.float16: 2.0**-11, torch.float32: 0.0}
 WORST_LEVELS = {**WORST, torch.bfloat16: (1 + HALF) ** 3 - 1}  # levels that bfloat16 does not have are rounded, too
+WORST_VALUES = {**WORST, torch.bfloat16: (1 + HALF) ** 4 - 1}  # inputs times their scale are rounded to it as well
 WORST_INT = {**WORST, torch.bfloat16: HALF}
 SUMS = 2.0**-20
+# Of inputs: integers, floating point whose step is found by arithmetic, and those that are looked up.
+SEEN = ("int8", "int4", "int5n", "uint8", "uint4", "e4m3fn", "e5m2ieee", "e4m3", "e2m1", "e2m1b7", "ue2m2")
+SEEN = (*SEEN, "e3m0", "ue4m0", "e6m0", "nf4", "fp4", "dyn4", "dyn8")
 
 
 def random_weight(shape: tuple[int, int], spec: TensorSpec, seed: int) -> QTensor:
@@ -58,6 +62,15 @@ def packed(
     scheme = Scheme(q.spec, input)
     tensors = {**LAYOUTS.get(layout).pack(q), **pack_inputs(inputs, scheme)}
     return list(tensors.values()), packed_spec(tensors, layout, q.shape, scheme)
+
+
+def kept_columns(q: QTensor, count: int, dtype: torch.dtype, seed: int) -> QTensor:
+    """The same weight with other numbers in some columns, in 16 bits; for a `count` of 0 as it is."""
+    if not count:
+        return q
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(q.shape[1], generator=generator)[:count].sort().values.int()
+    return replace(q, outliers=Outliers(index, torch.randn(q.shape[0], count, generator=generator).to(dtype)))
 
 
 def assert_same_on_threads(x: Tensor, tensors: list[Tensor], spec: PackedSpec) -> None:
@@ -133,11 +146,9 @@ def int_problems(
     shape = draw(st.integers(16, 70)), draw(st.integers(1, 1300))
     seed = draw(st.integers(0, 2**31))
     q = random_weight(shape, spec, seed)
-    if kept := draw(st.integers(0, min(5, shape[1]))):
-        generator = torch.Generator().manual_seed(seed + 3)
-        index = torch.randperm(shape[1], generator=generator)[:kept].sort().values.int()
-        weight = torch.randn(shape[0], kept, generator=generator).to(draw(st.sampled_from(DTYPES[:2])))
-        q = replace(q, outliers=Outliers(index, weight))
+    q = kept_columns(q, draw(st.integers(0, min(5, shape[1]))), draw(st.sampled_from(DTYPES[:2])), seed + 3)
+    if draw(st.booleans()):
+        q = replace(q, order=torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed + 4)).int())
     seen, dynamic = draw(st.sampled_from(["int8", "int8n", "int4"])), draw(st.booleans())
     split = draw(st.sampled_from([None, 3.0])) if dynamic else None
     input = InputSpec(TensorSpec(seen, Blocks(1, -1) if dynamic else Blocks(-1, -1)), dynamic, split)
@@ -154,6 +165,45 @@ def assert_int_product(problem: tuple) -> None:
     assert cpu.why_not(spec, x.dtype, None) is None
     seen = reference.quantize_input(x.float(), input, q.outliers, unpack_inputs(tensors, spec))
     assert_close(cpu.run(x, tensors, bias, spec), seen, q.dequantize(), bias, WORST_INT)
+
+
+@st.composite
+def seen_inputs(draw: st.DrawFn) -> tuple[InputSpec, InputParams | None]:
+    """Any way to quantize an input, and its range if that is static."""
+    grid = draw(st.sampled_from(SEEN))
+    zero, dynamic = grid.startswith("uint") and draw(st.booleans()), draw(st.booleans())
+    if not dynamic:
+        point = torch.tensor([draw(st.integers(0, 15))], dtype=torch.uint8) if zero else None
+        step = torch.tensor([draw(st.sampled_from([0.02, 0.3]))])
+        return InputSpec(TensorSpec(grid, Blocks(-1, -1), zero), dynamic=False), InputParams(step, point)
+    blocks = Blocks(draw(st.sampled_from([1, 1, 1, -1, 3])), draw(st.sampled_from([-1, -1, 128, 32, 7])))
+    how = draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"]))
+    return InputSpec(TensorSpec(grid, blocks, zero, how), split=draw(st.sampled_from([None, None, 3.0]))), None
+
+
+@st.composite
+def grid_problems(
+    draw: st.DrawFn, rows: st.SearchStrategy[int], dtypes: Sequence[torch.dtype] = DTYPES
+) -> tuple[QTensor, str, InputSpec, InputParams | None, Tensor, Tensor | None]:
+    """The same for inputs on any grid, and weights on any."""
+    q, layout, x, bias = draw(problems(rows, dtypes))
+    seed = draw(st.integers(0, 2**31))
+    if q.spec.grid in ("e4m3fn", "e5m2ieee"):
+        layout = draw(st.sampled_from(["float8", layout]))
+    q = kept_columns(q, draw(st.integers(0, min(5, q.shape[1]))), draw(st.sampled_from(DTYPES[:2])), seed)
+    if draw(st.booleans()):
+        q = replace(q, order=torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(seed)).int())
+    input, inputs = draw(seen_inputs())
+    return q, layout, input, inputs, x, bias
+
+
+def assert_grid_product(problem: tuple) -> None:
+    """The same for `grid_problems`."""
+    q, layout, input, inputs, x, bias = problem
+    tensors, spec = packed(q, layout, input, inputs)
+    assert cpu.why_not(spec, x.dtype, None) is None
+    seen = reference.quantize_input(x.float(), input, q.outliers, inputs)
+    assert_close(cpu.run(x, tensors, bias, spec), seen, q.dequantize(), bias, WORST_VALUES)
 
 
 def assert_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, worst: dict[torch.dtype, float]) -> None:

@@ -22,6 +22,7 @@ from hfquant import cpu
 from hfquant.blocks import Blocks
 from hfquant.build import LIBRARY as FILE
 from hfquant.build import Build, build_library, cpu_folder, find_compiler
+from hfquant.cpu_inputs import MOST_COLUMNS
 from hfquant.errors import UnsupportedError
 from hfquant.qtensor import QTensor
 from hfquant.spec import InputSpec, PackedSpec, TensorSpec
@@ -30,10 +31,12 @@ from .problems import (
     BOUND,
     WORST_INT,
     assert_close,
+    assert_grid_product,
     assert_int_product,
     assert_product,
     assert_same_on_threads,
     error,
+    grid_problems,
     int_problems,
     packed,
     problems,
@@ -104,6 +107,12 @@ def test_integer_products_are_those_of_what_the_layer_sees(problem: tuple) -> No
     assert_int_product(problem)
 
 
+@settings(max_examples=100, deadline=None)
+@given(problem=grid_problems(st.integers(1, 70)))
+def test_inputs_on_other_grids_are_those_that_the_layer_sees(problem: tuple) -> None:
+    assert_grid_product(problem)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("grid", ["nf4", "uint4", "int3", "e4m3"])
 def test_large_products(grid: str, shape: tuple[int, int, int]) -> None:
@@ -132,7 +141,7 @@ def test_large_integer_products_are_exact(shape: tuple[int, int, int]) -> None:
 
 
 def test_the_largest_integer_sums_fit(emulated: cpu.Library) -> None:
-    k = cpu.MOST_COLUMNS
+    k = MOST_COLUMNS
     q = random_weight((16, k), TensorSpec("int8", Blocks(1, -1)), 0)
     q.scale.fill_(1)
     for code in (0, 255):

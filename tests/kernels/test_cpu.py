@@ -142,11 +142,11 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _, spec = packed(q, "dense")
     device = torch.device("cpu")
     assert choose(spec.key(), device, torch.bfloat16).name == "cpu"
-    seen = Scheme(q.spec, InputSpec(TensorSpec("int8", Blocks(1, -1))))
+    seen = Scheme(q.spec, InputSpec(TensorSpec("quantile8", Blocks(1, -1))))
     cases = {
-        "one scale for each row": (PackedSpec("dense", (16, 64), seen, spec.names), torch.float32),
+        "would be fitted to each input": (PackedSpec("dense", (16, 64), seen, spec.names), torch.float32),
         "not torch.float64": (spec, torch.float64),
-        "layouts bytes and dense": (PackedSpec("tiles", (16, 64), spec.scheme, spec.names), torch.float32),
+        "layout 'tiles' is neither": (PackedSpec("tiles", (16, 64), spec.scheme, spec.names), torch.float32),
     }
     for text, (asked, dtype) in cases.items():
         assert text in str(declined(asked, device, dtype)["cpu"])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hfquant import HfQuantConfig, cpu, explain, reference, use_kernel
 from hfquant.blocks import Blocks
+from hfquant.cpu_inputs import MOST_COLUMNS, why_not_integers
 from hfquant.errors import FormatError
 from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
@@ -162,7 +163,7 @@ def test_integer_products_are_exact(
 @pytest.mark.parametrize("code", [0, 255])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_longest_sums_fit(isa: str, code: int, rows: int) -> None:
-    width = cpu.MOST_COLUMNS
+    width = MOST_COLUMNS
     spec = TensorSpec("int8", ROW)
     q = QTensor(torch.full((17, width), code, dtype=torch.uint8), torch.ones(17, 1), None, None, spec)
     tensors, described = packed(q, "bytes", static(), range_of(1.0))
@@ -270,19 +271,18 @@ DECLINED = {
 
 
 @pytest.mark.parametrize("reason", DECLINED)
-def test_what_it_declines_it_says_why(reason: str) -> None:
-    assert reason in str(cpu.why_not(DECLINED[reason], torch.float32, None))
+def test_what_is_no_product_of_integers_has_a_reason_and_runs_all_the_same(reason: str) -> None:
+    asked = DECLINED[reason]
+    assert asked.scheme.input is not None
+    assert reason in str(why_not_integers(asked, asked.scheme.input))
+    assert cpu.why_not(asked, torch.float32, None) is None
 
 
-def test_shapes_and_columns_that_it_declines() -> None:
-    good = described(INT8, dynamic())
-    assert cpu.why_not(good, torch.float32, None) is None
-    most = cpu.MOST_COLUMNS
-    assert cpu.why_not(replace(good, shape=(32, most)), torch.float32, None) is None
-    assert f"{most + 1} columns" in str(cpu.why_not(replace(good, shape=(32, most + 1)), torch.float32, None))
-    ordered = replace(good, names=(*good.names, "order"))
-    assert cpu.why_not(ordered, torch.float32, None) is None
-    assert "another order" in str(cpu.why_not(replace(ordered, outliers=1), torch.float32, None))
+def test_sums_that_may_not_fit_are_no_integers() -> None:
+    good, input, most = described(INT8, dynamic()), dynamic(), MOST_COLUMNS
+    assert why_not_integers(good, input) is None
+    assert why_not_integers(replace(good, shape=(32, most)), input) is None
+    assert f"{most + 1} columns" in str(why_not_integers(replace(good, shape=(32, most + 1)), input))
     assert "not torch.float64" in str(cpu.why_not(good, torch.float64, None))
 
 

@@ -6,6 +6,7 @@
 #include "avx512_int8.h"
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
+#include "grid_input.h"
 
 #include "amx_gemm.h"
 
@@ -29,7 +30,7 @@ struct Bf16Worker {
         rows.decode(id, panel + r, r, 32 * step, 32 * steps, reinterpret_cast<bf16 *>(to));
     }
     void write(int64_t m, int64_t first, int64_t count, const float *sums) const {
-        for (int64_t r = 0; r < count; r += 16) finish(p, m * p.weight.n + first + r, first + r, count - r, sums + r);
+        for (int64_t r = 0; r < count; r += 16) finish(p, m, first + r, count - r, sums + r);
     }
 };
 
@@ -116,9 +117,11 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return p.weight.bits == 4 ? int_tiles_of<4>(p, input) : int_tiles_of<8>(p, input);
 }
 
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
+
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, round, dequantize};
+const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize};
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 // flags: -mavx2 -mfma -mf16c
 // AVX2 and FMA (Haswell, Zen and later): the portable computation, vectorized by the compiler, with faster decoding.
 #include "avx2_rounding.h"
+#include "grid_input.h"
 #include "portable.h"
 
 #include <immintrin.h>
@@ -59,13 +60,15 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return portable_linear_int(p, input, decode_levels);
 }
 
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear<float>(p, input, HFQ_FLOAT32, linear); }
+
 void round(const RoundingProblem &p) { round_with<EightLanes>(p); }
 
 int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int type, int threads) {
     return dequantize_with<EightLanes>(w, first, last, to, type, threads);
 }
 
-const Isa ISA = {"avx2", supported, linear, linear_int, round, dequantize};
+const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid, round, dequantize};
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 #include "avx512_int8.h"
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
+#include "grid_input.h"
 
 namespace {
 
@@ -30,7 +31,9 @@ int linear_int(const Problem &p, const hfq_input &input) {
     return p.weight.bits == 4 ? linear_int_of<4>(p, input) : linear_int_of<8>(p, input);
 }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, round, dequantize};
+int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
+
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize};
 
 }  // namespace
 

@@ -87,15 +87,21 @@ struct InTile {
     }
 };
 
-// Up to 16 results of rows from `row` on, with their bias, into y from element `at` on.
-inline void finish(const Problem &p, int64_t at, int64_t row, int64_t count, const float *sums) {
+// Up to 16 results of row m of x and the rows of weights from `row` on, of the sums of their products, into y.
+inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, const float *sums) {
     const __mmask16 there = count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xFFFF);
+    const int64_t n = p.weight.n, at = m * n + row;
     __m512 values = _mm512_maskz_loadu_ps(there, sums);
+    if (p.row_scale) values = _mm512_mul_ps(values, _mm512_set1_ps(p.row_scale[m]));
+    for (int64_t i = 0; i < p.kept_count; i++) {
+        const __m512 by = _mm512_set1_ps(p.kept[m * p.kept_count + i]);
+        values = _mm512_fmadd_ps(by, _mm512_maskz_loadu_ps(there, p.kept_weight + i * n + row), values);
+    }
     if (p.bias) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(there, p.bias + row));
-    if (p.type == HFQ_FLOAT32) {
+    if (p.result == HFQ_FLOAT32) {
         _mm512_mask_storeu_ps(static_cast<float *>(p.y) + at, there, values);
     } else {
-        const __m256i narrow = p.type == HFQ_BFLOAT16
+        const __m256i narrow = p.result == HFQ_BFLOAT16
                                    ? (__m256i)_mm512_cvtneps_pbh(values)
                                    : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p.y) + at, there, narrow);
@@ -140,7 +146,7 @@ int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t st
             }
             for (int64_t m = 0; m < p.m; m++)
                 for (int64_t r = 0; r < rows; r += 16)
-                    finish(p, m * w.n + first + r, first + r, rows - r, sums.data + m * PANEL_ROWS + r);
+                    finish(p, m, first + r, rows - r, sums.data + m * PANEL_ROWS + r);
         }
     }
     return failed;

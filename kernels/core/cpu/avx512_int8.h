@@ -179,7 +179,7 @@ struct IntResults {
             _mm512_store_ps(values.data + r, value);
         }
         for (int64_t r = 0; r < rows; r += 16)
-            finish(p, m * p.weight.n + first + r, first + r, rows - r, values.data + r);
+            finish(p, m, first + r, rows - r, values.data + r);
     }
 };
 

@@ -36,7 +36,7 @@ struct Parameters {
 template <int M>
 inline void write_row(const Problem &p, int64_t n, const __m512 *total) {
     for (int m = 0; m < M; m++) {
-        const float sum = _mm512_reduce_add_ps(total[m]) + (p.bias ? p.bias[n] : 0.0f);
+        const float sum = finished(p, m, n, _mm512_reduce_add_ps(total[m]));
         static_cast<bf16 *>(p.y)[m * p.weight.n + n] = to_bf16(sum);
     }
 }

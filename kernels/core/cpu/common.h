@@ -139,4 +139,11 @@ inline void store(void *to, int64_t index, int type, float value) {
         static_cast<uint16_t *>(to)[index] = type == HFQ_BFLOAT16 ? to_bf16(value) : to_half(value);
 }
 
+// The result of row m of x and row n of the weight, of the sum of their products.
+inline float finished(const Problem &p, int64_t m, int64_t n, float sum) {
+    if (p.row_scale) sum *= p.row_scale[m];
+    for (int64_t i = 0; i < p.kept_count; i++) sum += p.kept[m * p.kept_count + i] * p.kept_weight[i * p.weight.n + n];
+    return sum + (p.bias ? p.bias[n] : 0.0f);
+}
+
 }  // namespace

@@ -74,6 +74,12 @@ int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void 
     return isa ? isa->linear_int(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
 }
 
+int hfq_linear_grid(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias, void *y,
+                    int64_t m, int type, int threads) {
+    const Isa *isa = chosen();
+    return isa ? isa->linear_grid(Problem{*weight, x, bias, y, m, type, threads}, *input) : -1;
+}
+
 int hfq_encode(const hfq_rounding *rounding, const void *x, uint8_t *codes, int type, int threads) {
     const Isa *isa = chosen();
     if (isa) isa->round(RoundingProblem{*rounding, x, codes, nullptr, type, threads});

@@ -35,16 +35,29 @@ typedef struct hfq_weight {
     int32_t scale_type;       /* hfq_type */
 } hfq_weight;
 
-/* How a layer quantizes its input: to integers, with one scale for each row of x, found at run time, or one for all.
+/* How a layer quantizes its input: to the numbers of a grid times a scale, found at run time, or one for all of x.
  * Columns that hold a magnitude of at least `split` in any row, and those of `outliers`, take part in floating point. */
 typedef struct hfq_input {
-    float low, high;              /* of the integers, such as -128 and 127 */
-    float scale;                  /* for all rows; 0 to take largest magnitude / high of each row */
+    float low, high;              /* ends of the grid, such as -128 and 127 */
+    float scale;                  /* for all of x; 0 to take largest magnitude / high of each block, or row */
     float split;                  /* infinity for none */
     int64_t outlier_count;
-    const int32_t *outliers;      /* columns, sorted */
+    const int32_t *outliers;      /* columns of x, sorted */
     const uint16_t *outlier_weight;  /* [n, outlier_count]: what the weight is there, */
     int32_t outlier_type;            /* bfloat16 or float16 */
+
+    /* What follows is read by `hfq_linear_grid` alone. The numbers of a grid have so many bits behind their first one, */
+    int32_t mantissa_bits;
+    float normal;                 /* and from this one down to 0 the same step. Integers have, say, 8 and 256. */
+    const float *levels;          /* Or they are any sorted ones: [level_count], NULL for none, */
+    const float *thresholds;      /* and [level_count - 1] the largest number that is rounded to the lower of two. */
+    int64_t level_count;          /* up to 256 */
+    int64_t height, width;        /* of the blocks of x that share a scale that is found */
+    int32_t scale_type;           /* that it is rounded to */
+    int32_t zero;                 /* not 0: numbers from 0 to `high`, and a zero point goes with each scale: */
+    float zero_point;             /* where `scale` is given */
+    int32_t scale_last;           /* not 0: multiply a row's scale with its results, if the row is one block */
+    const int32_t *order;         /* column of x that each column of the weight belongs to; NULL for its own */
 } hfq_input;
 
 /* How a matrix [n, k] is rounded: x / scale goes to the nearest level of a grid, a tie to the code of even parity counted
@@ -85,6 +98,11 @@ HFQ_EXPORT int hfq_linear(const hfq_weight *weight, const void *x, const float *
  * and no zero points. Integer products are exact. A row of x with a value that is not finite gives NaN. */
 HFQ_EXPORT int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
                               void *y, int64_t m, int type, int threads);
+
+/* The same for any weight and any grid: the input is rounded to it, and multiplied in floating point. Columns of
+ * `outliers` and `order` are below k. A block with a value that is not finite gives NaN; of a given scale, its row. */
+HFQ_EXPORT int hfq_linear_grid(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
+                               void *y, int64_t m, int type, int threads);
 
 /* Round x [n, k] of `type`. `codes` [n, k]: of the levels; NaN becomes the last code, or 0 by arithmetic. */
 HFQ_EXPORT int hfq_encode(const hfq_rounding *rounding, const void *x, uint8_t *codes, int type, int threads);

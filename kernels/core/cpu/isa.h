@@ -9,8 +9,13 @@ struct Problem {
     const float *bias;
     void *y;
     int64_t m;
-    int type;
+    int type;                            // of x
     int threads;
+    int result = type;                   // of y
+    const float *row_scale = nullptr;    // [m]: factors of sums
+    const float *kept = nullptr;         // [m, kept_count]: columns of x that are not in it,
+    const float *kept_weight = nullptr;  // [kept_count, n]: and of the weight, which are not in it either
+    int64_t kept_count = 0;
 };
 
 // One of `codes` and `values` is given.
@@ -28,6 +33,7 @@ struct Isa {
     bool (*supported)();
     int (*linear)(const Problem &problem);
     int (*linear_int)(const Problem &problem, const hfq_input &input);
+    int (*linear_grid)(const Problem &problem, const hfq_input &input);
     void (*round)(const RoundingProblem &problem);
     int (*dequantize)(const hfq_weight &weight, int64_t first, int64_t last, void *to, int type, int threads);
 };

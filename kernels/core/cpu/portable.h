@@ -46,8 +46,8 @@ int portable_linear(const Problem &p, const Decode &decode) {
             decode(w, w.codes + n * w.row_bytes, 0, w.k, row.data);
             scale_levels(w, scale.data, zero.data, 0, w.k, row.data);
             for (int64_t m = 0; m < p.m; m++) {
-                const float sum = dot(x.data + m * w.k, row.data, w.k) + (p.bias ? p.bias[n] : 0.0f);
-                store(p.y, m * w.n + n, p.type, sum);
+                const float sum = dot(x.data + m * w.k, row.data, w.k);
+                store(p.y, m * w.n + n, p.result, finished(p, m, n, sum));
             }
         }
     }

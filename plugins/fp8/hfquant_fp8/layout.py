@@ -42,6 +42,11 @@ class Float8(Layout):
             codes[rows] = numbers.from_bits(stored[rows].view(torch.uint8))
         return codes
 
+    def levels_of_bytes(self, grid: Grid) -> Tensor:
+        """The float8 numbers themselves; patterns of infinities are none, like those of NaN."""
+        numbers = torch.arange(256, dtype=torch.uint8).view(DTYPES[grid.name]).float()
+        return numbers.masked_fill(numbers.isinf(), torch.nan)
+
 
 def _float_grid(grid: Grid) -> FloatGrid:
     """The grid as the kind that knows bit patterns."""

@@ -67,6 +67,11 @@ class WrongUnpack(Fault):
         return stored.flip(1)
 
 
+class WrongLevels(Fault):
+    def levels_of_bytes(self, grid: Any) -> Tensor:
+        return Bytes().levels_of_bytes(grid).roll(1)  # type: ignore[union-attr]
+
+
 class ForgetsLastColumn(Fault):
     def encode(self, codes: Tensor, grid: Any) -> Tensor:
         return codes[:, : codes.shape[1] // 2 * 2]  # right as long as K is even
@@ -96,6 +101,7 @@ LAYOUTS = {
     LooksAtValues: {"shapes are known in advance"},
     ShapeOfValues: {"shapes are known in advance"},
     WrongRows: {"rows are rows of the matrix"},
+    WrongLevels: {"bytes stand for their levels"},
 }
 
 
