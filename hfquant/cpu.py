@@ -23,12 +23,13 @@ from .build import cpu_library
 from .errors import FormatError, UnsupportedError
 from .grids import IntGrid
 from .grids import grid as named
+from .jobs import Direct, run_jobs
 from .kernel import Bound, Kernel
 from .layouts import INPUT_NAMES
 from .packing import packed_width
 from .spec import InputSpec, PackedSpec, TensorSpec
 
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAYOUTS = ("bytes", "dense")
 MOST_COLUMNS = 1 << 16  # products of two bytes that fit into 32 bits, added up
@@ -69,6 +70,7 @@ class Library:
         self._c.hfq_linear_int.argtypes = [c_void_p, *self._c.hfq_linear.argtypes]
         if (found := self._c.hfq_abi()) != ABI:
             raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
+        self._c.hfq_linear_jobs.argtypes = [c_char_p, c_int64, c_int, c_int]
         if self._c.hfq_isa() is None:
             asked, able = os.environ.get("HFQUANT_CPU_ISA"), ", ".join(self.isas())
             raise UnsupportedError(f"HFQUANT_CPU_ISA={asked!r} is nothing that runs here: choose from {able}")
@@ -116,6 +118,11 @@ class Library:
         if failed:
             raise MemoryError(f"the CPU kernels ran out of memory on a {weight.n} x {weight.k} weight")
         return y
+
+    def jobs(self, table: bytes, count: int, dtype: torch.dtype) -> None:
+        """Run `count` jobs of the `table` of `hfq_job`, whose inputs and results are of `dtype`. Raises MemoryError."""
+        if self._c.hfq_linear_jobs(table, count, TYPES[dtype], torch.get_num_threads()):
+            raise MemoryError(f"the CPU kernels ran out of memory on {count} products at once")
 
 
 _REBUILD = "build it again: hfquant doctor --build"
@@ -178,14 +185,16 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     tensors = dict(zip(spec.names, packed, strict=True))
     found = library()
     assert isinstance(found, Library)
-    weight = describe(tensors, spec)
     seen = None if spec.scheme.input is None else describe_input(tensors, spec, spec.scheme.input)
     order = spec.names.index("order") if "order" in tensors else None
+    direct = Direct(found, describe(tensors, spec), seen)
+    if order is None and (seen is not None or not spec.outliers):
+        return direct
 
     def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
         if order is not None:
             x = x.index_select(-1, packed[order])
-        return found.linear(x.contiguous(), weight, None if bias is None else bias.float().contiguous(), seen)
+        return direct(x, packed, bias)
 
     if seen is not None or not spec.outliers:
         return linear
@@ -229,7 +238,9 @@ def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
     weight = Weight.from_buffer_copy(_frame(spec))
     weight.codes = _hold(weight, tensors["codes"], spec.shape[0] * weight.row_bytes, "codes")
     table = tensors.get("levels")
-    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if table is None else _hold(weight, _padded(table))
+    if table is not None:
+        table = F.pad(table, (0, max(0, 256 - table.numel())))  # a fitted one, with as many entries as there are bytes
+    weight.levels = levels_of(spec.scheme.weight.grid).data_ptr() if table is None else _hold(weight, table)
     counts = spec.scheme.weight.blocks.counts(spec.shape)
     if "zero" in tensors:
         needed = counts[0] * packed_width(counts[1], weight.zero_bits)
@@ -273,11 +284,6 @@ def levels_of(grid: str) -> Tensor:
     return table
 
 
-def _padded(levels: Tensor) -> Tensor:
-    """A fitted table with as many entries as there are bytes."""
-    return F.pad(levels, (0, max(0, 256 - levels.numel())))
-
-
 def _hold(owner: Weight | Input, tensor: Tensor, needed: int = 0, what: str = "") -> int:
     """Address of a tensor, or of a copy without gaps, which lives as long as its owner."""
     if tensor.numel() < needed:
@@ -289,4 +295,4 @@ def _hold(owner: Weight | Input, tensor: Tensor, needed: int = 0, what: str = ""
     return copy.data_ptr()
 
 
-KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind)
+KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind, run_jobs=run_jobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 """(x, packed, bias) -> y for one packed weight."""
+RunJobs = Callable[[Sequence[Bound], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], bool]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -39,7 +40,8 @@ class Kernel:
     y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
     compute capability or None. The kernel with the highest `priority` that does not decline is used. Kernels know
     nothing of rotated weights: their input is rotated before `run`. `bind(packed, spec)` may do once what `run` does at
-    every call for the same tensors; what it returns must not keep them alive.
+    every call for the same tensors; what it returns must not keep them alive. `run_jobs(bounds, xs, biases, ys)` may
+    run several bound weights at once into given results, to the same bits; it returns False where it cannot.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Kernel:
     why_not: WhyNot = _always
     priority: int = 0
     bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
+    run_jobs: RunJobs | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define HFQ_ABI 1
+#define HFQ_ABI 2
 #define HFQ_EXPORT __attribute__((visibility("default")))
 
 enum hfq_type { HFQ_FLOAT32 = 0, HFQ_BFLOAT16 = 1, HFQ_FLOAT16 = 2 };
@@ -47,6 +47,16 @@ typedef struct hfq_input {
     int32_t outlier_type;            /* bfloat16 or float16 */
 } hfq_input;
 
+/* One product of `hfq_linear_jobs`: the arguments of `hfq_linear`, or with an `input` those of `hfq_linear_int`. */
+typedef struct hfq_job {
+    const hfq_weight *weight;
+    const hfq_input *input;       /* NULL for none */
+    const void *x;                /* [m, k] */
+    const float *bias;            /* [n] or NULL */
+    void *y;                      /* [m, n] */
+    int64_t m;
+} hfq_job;
+
 /* Version of this interface, to be compared with HFQ_ABI. */
 HFQ_EXPORT int hfq_abi(void);
 
@@ -69,6 +79,10 @@ HFQ_EXPORT int hfq_linear(const hfq_weight *weight, const void *x, const float *
  * and no zero points. Integer products are exact. A row of x with a value that is not finite gives NaN. */
 HFQ_EXPORT int hfq_linear_int(const hfq_weight *weight, const hfq_input *input, const void *x, const float *bias,
                               void *y, int64_t m, int type, int threads);
+
+/* Several products; x and y of all are of `type`. The results are those of single calls. Returns 0, or -1 if one failed:
+ * then nothing is known of what is in any y. */
+HFQ_EXPORT int hfq_linear_jobs(const hfq_job *jobs, int64_t count, int type, int threads);
 
 /* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
 HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);
