@@ -23,7 +23,7 @@ from .build import cpu_library
 from .errors import FormatError, UnsupportedError
 from .grids import IntGrid
 from .grids import grid as named
-from .jobs import Direct, run_jobs
+from .jobs import Direct, join, run_jobs
 from .kernel import Bound, Kernel
 from .layouts import INPUT_NAMES
 from .packing import packed_width
@@ -295,4 +295,4 @@ def _hold(owner: Weight | Input, tensor: Tensor, needed: int = 0, what: str = ""
     return copy.data_ptr()
 
 
-KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind, run_jobs=run_jobs)
+KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind, run_jobs=run_jobs, join=join)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -62,6 +62,38 @@ def run_jobs(
         library = bounds[0].library  # type: ignore[attr-defined]
         library.jobs(_table(len(ys)).pack(*fields), len(ys), ys[0].dtype)
     return True
+
+
+def join(bounds: Sequence[Bound], biases: Sequence[Tensor | None]) -> Callable[[Tensor], list[Tensor]] | None:
+    """What turns one x [..., K] into all the products of `run_jobs` with it: what does not depend on x is done once.
+
+    It holds addresses of weights and biases, and keeps none of them alive. None if some weight needs its input in
+    another form, or an input of another size.
+    """
+    fixed = []
+    for bound, bias in zip(bounds, biases, strict=True):
+        if type(bound) is not Direct or bound.k != bounds[0].k:  # type: ignore[attr-defined]
+            return None
+        offset = _as_float(bias)
+        copied = offset if offset is not bias else None  # lives as long as what is returned
+        fixed.append((bound, bound.n, *bound.at, 0 if offset is None else offset.data_ptr(), copied))
+    k, library, table = bounds[0].k, bounds[0].library, _table(len(bounds))  # type: ignore[attr-defined]
+
+    def run(x: Tensor) -> list[Tensor]:
+        x, shape = x.contiguous(), x.shape
+        if shape[-1] != k:
+            raise RuntimeError(f"weights with {k} columns cannot take an input of shape {tuple(shape)}")
+        rows, at, leading = x.numel() // k, x.data_ptr(), shape[:-1]
+        ys: list[Tensor] = []
+        fields: list[int] = []
+        for _, n, weight, input, bias, _ in fixed:
+            y = x.new_empty(*leading, n)
+            ys.append(y)
+            fields += (weight, input, at, bias, y.data_ptr(), rows)
+        library.jobs(table.pack(*fields), len(ys), x.dtype)
+        return ys
+
+    return run
 
 
 @lru_cache(maxsize=64)

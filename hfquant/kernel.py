@@ -25,6 +25,7 @@ Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 """(x, packed, bias) -> y for one packed weight."""
 RunJobs = Callable[[Sequence[Bound], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], bool]
+Join = Callable[[Sequence[Bound], Sequence[Tensor | None]], Callable[[Tensor], list[Tensor]] | None]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -42,6 +43,7 @@ class Kernel:
     nothing of rotated weights: their input is rotated before `run`. `bind(packed, spec)` may do once what `run` does at
     every call for the same tensors; what it returns must not keep them alive. `run_jobs(bounds, xs, biases, ys)` may
     run several bound weights at once into given results, to the same bits; it returns False where it cannot.
+    `join(bounds, biases)` gives what runs them all on one input, or None where it cannot.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kernel:
     priority: int = 0
     bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
     run_jobs: RunJobs | None = None
+    join: Join | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")

@@ -92,10 +92,10 @@ def why_apart(layer: QLinear) -> str | None:
     if device.type == "meta":
         return "it is offloaded: its weights come when it is called"
     kernel = choose(layer.key, device, dtype_inside(layer.spec, layer.dtype))
-    if kernel.run_jobs is None:
+    if kernel.join is None:
         return f"kernel {kernel.name!r} runs one layer at a time"
     x = torch.zeros(1, layer.in_features, dtype=layer.dtype, device=device)
     _, bound = layer._binding.bound(x, packed, layer.key)
-    if bound is None or not kernel.run_jobs([bound], [x], [None], [x.new_empty(1, layer.out_features)]):
+    if bound is None or kernel.join([bound], [None]) is None:
         return "its input is rotated, reordered, or taken apart first"
     return None

@@ -9,15 +9,16 @@ tensors; results are those of separate calls, to the last bit.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .binding import Binding
-from .kernel import Bound, RunJobs, forced_kernel
+from .kernel import forced_kernel
 
-Marks = list[int]
+Marks = list[tuple[int, int]]
 
 FEW_ROWS = 16  # of inputs: with more of them products take so long that the way to them does not count
 
@@ -62,15 +63,15 @@ class Together:
         if x.numel() > FEW_ROWS * x.shape[-1]:
             return None
         now = self._round
-        if now is None or number in now.came or not now.is_about(x):
-            now = self._start(now, number, layer, x)
-        else:
+        try:
+            if now is None or number in now.came or not now.is_about(x):
+                return self._start(now, number, layer, x)
             self._meet(number, layer)
             now.came.append(number)
-        found = now.ready.pop(number, None)
-        if found is None or found[1] != _marks(layer):  # None, or changed by somebody in between
+            found = now.ready.pop(number, None)
+            return None if found is None or found[1] != _marks(layer) else found[0]  # changed by somebody in between
+        except _Uncounted:
             return None
-        return found[0]
 
     def seen(self) -> list[tuple[int, ...]]:
         """The numbers of the children that read one tensor, as far as that was seen."""
@@ -78,25 +79,31 @@ class Together:
         readers = {**self._readers, last.came[0]: tuple(last.came)} if last is not None else self._readers
         return [numbers for numbers in readers.values() if len(numbers) > 1]
 
-    def _start(self, last: _Round | None, number: int, layer: Layer, x: Tensor) -> _Round:
-        """The round of a tensor that `layer` is the first to read; all others that read the last one are computed."""
+    def _start(self, last: _Round | None, number: int, layer: Layer, x: Tensor) -> Tensor | None:
+        """A tensor that `layer` is the first to read: compute for it and all others that read the last one."""
         if last is not None:
             self._readers[last.came[0]] = tuple(last.came)
         self._meet(number, layer)
         now = self._round = _Round(number, x)
         readers = self._readers.get(number, ())
-        layers = [found for reader in readers if (found := self._layers[reader]()) is not None]
+        layers = [one for reader in readers if (one := self._layers[reader]()) is not None]
         if len(layers) == len(readers) > 1:
             plan = self._plans.get(readers)
             if plan is None or not plan.fits(layers, x):
                 plan = self._plans[readers] = _Plan(layers, x)
-            now.ready.update(zip(readers, plan.run(layers, x), strict=False))
-        return now
+            if plan.run is not None:
+                now.ready.update(zip(readers, zip(plan.run(x), plan.marks, strict=True), strict=True))
+        found = now.ready.pop(number, None)
+        return None if found is None else found[0]
 
     def _meet(self, number: int, layer: Layer) -> None:
         known = self._layers.get(number)
         if known is None or known() is not layer:
             self._layers[number] = weakref.ref(layer)
+
+
+class _Uncounted(Exception):
+    """A layer has inference tensors, whose changes are not counted."""
 
 
 class _Round:
@@ -125,34 +132,29 @@ class _Round:
 
 
 class _Plan:
-    """How some layers are run at once, as they are now; `bounds` is empty if they cannot be."""
+    """How some layers are run at once, as they are now; `marks` are theirs. `run(x)` is None if they cannot be."""
 
     def __init__(self, layers: list[Layer], x: Tensor) -> None:
         self._for = _circumstances(x)
-        self._bounds: list[Bound] = []
-        self._run: RunJobs | None = None
-        self._marks = [_marks(layer) for layer in layers]
+        self.marks = [_marks(layer) for layer in layers]
+        self.run: Callable[[Tensor], list[Tensor]] | None = None
+        bounds, kernels = [], []
         for layer in layers:
             packed = layer.packed()
-            if any(tensor.device != x.device or tensor.is_inference() for tensor in packed):
+            if any(tensor.device != x.device for tensor in packed):
                 return
             kernel, bound = layer._binding.bound(x, packed, layer.key)
-            if bound is None or kernel.run_jobs is None or self._run not in (None, kernel.run_jobs):
+            if bound is None:
                 return
-            self._run = kernel.run_jobs
-            self._bounds.append(bound)
+            bounds.append(bound)
+            kernels.append(kernel)
+        join = kernels[0].join
+        if join is not None and all(kernel is kernels[0] for kernel in kernels):
+            self.run = join(bounds, [layer._parameters["bias"] for layer in layers])
 
     def fits(self, layers: list[Layer], x: Tensor) -> bool:
         """Whether nothing has changed since."""
-        return self._for == _circumstances(x) and self._marks == [_marks(layer) for layer in layers]
-
-    def run(self, layers: list[Layer], x: Tensor) -> list[tuple[Tensor, Marks]]:
-        """What each makes of `x` [..., K], and what it was then; empty if they cannot be run at once."""
-        if len(self._bounds) < len(layers) or self._run is None:
-            return []
-        ys = [x.new_empty(*x.shape[:-1], layer.out_features) for layer in layers]
-        biases = [layer._parameters["bias"] for layer in layers]
-        return list(zip(ys, self._marks, strict=True)) if self._run(self._bounds, [x] * len(ys), biases, ys) else []
+        return self._for == _circumstances(x) and self.marks == [_marks(layer) for layer in layers]
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
@@ -160,9 +162,8 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 
 
 def _marks(layer: Layer) -> Marks:
-    """Where the tensors of a layer lie, and how often they were changed."""
-    marks: list[int] = []
-    for tensor in layer._parameters.values():
-        if tensor is not None:
-            marks += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    return marks
+    """Where the tensors of a layer lie, and how often they were changed. Raises _Uncounted if nobody counts."""
+    try:
+        return [(tensor.data_ptr(), tensor._version) for tensor in layer._parameters.values() if tensor is not None]
+    except RuntimeError as error:
+        raise _Uncounted from error
