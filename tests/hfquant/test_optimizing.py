@@ -22,11 +22,12 @@ import hfquant
 from hfquant import HfQuantConfig, SpecError, ops, use_kernel
 from hfquant.blocks import Blocks
 from hfquant.cpu import Library
-from hfquant.nn import QLinear
+from hfquant.nn import QEmbedding, QLinear
 from hfquant.qtensor import InputParams
 from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
 from hfquant.spec import InputSpec, Scheme, TensorSpec
+from hfquant.swap import swap_out
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 from hfquant.together import FEW_ROWS
 
@@ -306,6 +307,23 @@ def test_language_models_decode_the_same(kind: str, tmp_path, calls: list[int]) 
     assert_same(decoded(copy.deepcopy(model)), expected)
     model.save_pretrained(tmp_path / "saved")
     assert_same(decoded(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
+
+
+def test_output_layer_and_embeddings_decode_quantized_on_request(tmp_path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    config = HfQuantConfig("int4", group_size=16, modules_to_not_convert=[], embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    assert isinstance(model.lm_head, QLinear) and isinstance(model.get_input_embeddings(), QEmbedding)
+    rows = {row.layer: row.kernel for row in hfquant.explain(model)}
+    assert rows["lm_head"] == "cpu" and set(rows.values()) == {"cpu"}
+    hfquant.optimize(model)
+    found = decoded(model)
+    plain = copy.deepcopy(model)
+    swap_out(plain)
+    for ours, theirs in zip(found, decoded(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(decoded(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), found)
 
 
 def test_encoders_too(tmp_path, calls: list[int]) -> None:
