@@ -86,7 +86,7 @@ class QExperts(RoutedExperts):
     def hold(self, projection: str, packed: dict[str, Tensor], spec: PackedSpec) -> None:
         """Take the packed tensors [E, ...] of one projection as parameters."""
         self.specs[projection], self.keys[projection] = spec, spec.key()
-        self._bindings[projection] = Bindings()
+        self.__dict__.setdefault("_bindings", {})[projection] = Bindings()
         for name in spec.names:
             self._parameters[f"{projection}_{name}"] = nn.Parameter(packed[name], requires_grad=False)
 
@@ -188,7 +188,7 @@ def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
     """Turn an experts module into its packed form, in place: hooks, biases and settings stay as they are."""
     module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]  # mypy looks at instances' __hash__
     assert isinstance(module, QExperts)
-    module.specs, module.keys, module._bindings, module.dtype = {}, {}, {}, dtype
+    module.specs, module.keys, module.dtype = {}, {}, dtype
     return module
 
 
