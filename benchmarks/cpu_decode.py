@@ -9,6 +9,7 @@ own, with its files in memory. Writes results/cpu_decode.json and .md.
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -31,6 +32,20 @@ from hfquant.report import peak_rss_mb
 
 PROMPT, PREFILL, TOKENS, ROUNDS = 32, 512, 12, 5
 METHODS: dict[str, dict[str, Any]] = {"int4": {"group_size": 64}, "nf4": {}, "int8": {}, "w8a8": {"transform": None}}
+HEAD, OPTIMIZED = " and lm_head", ", optimized"
+# Rows besides those of METHODS; what is optimized shares its weights with the row of the same name without it.
+MORE = [
+    f"int4{OPTIMIZED}",
+    f"int4{HEAD}",
+    f"int4{HEAD}{OPTIMIZED}",
+    f"nf4{OPTIMIZED}",
+    f"nf4{HEAD}",
+    f"nf4{HEAD}{OPTIMIZED}",
+]
+ABOUT_MORE = (
+    '"and lm_head": the output layer is quantized like the others (`modules_to_not_convert=[]`); "optimized": after '
+    "`hfquant.optimize(model)`."
+)
 LOADS = ("bf16", "nf4, quantized before", "nf4, on the fly", "bitsandbytes nf4, on the fly")
 
 
@@ -58,12 +73,20 @@ def load(name: str, folder: Path) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if name == "nf4, quantized before":
         return AutoModelForCausalLM.from_pretrained(folder / "nf4", **options)
-    method = name.partition(",")[0]
+    method, head, _ = name.partition(",")[0].partition(HEAD)
     if method.startswith("bitsandbytes"):
         options["quantization_config"] = bitsandbytes_config()
     elif method != "bf16":
-        options["quantization_config"] = HfQuantConfig(method, **METHODS[method])
+        whole: dict[str, Any] = {"modules_to_not_convert": []} if head else {}
+        options["quantization_config"] = HfQuantConfig(method, **METHODS[method], **whole)
     return AutoModelForCausalLM.from_pretrained(folder / "bf16", **options)
+
+
+def optimized(model: Any) -> Any:
+    """The model after `hfquant.optimize`, a copy with the same weights in memory."""
+    made = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    hfquant.optimize(made)
+    return made
 
 
 def decode(model: Any) -> Callable[[], float]:
@@ -111,8 +134,10 @@ def main() -> None:
         LlamaForCausalLM(config()).to(torch.bfloat16).save_pretrained(folder / "bf16")
         hfquant.quantize(folder / "bf16", HfQuantConfig("nf4"), folder / "nf4")
         loads = {name: in_process(name, folder) for _ in range(2) for name in LOADS}  # the second reads from memory
-        names = ["bf16", *METHODS]
-        models = {name: load(name, folder) for name in names}
+        models: dict[str, Any] = {}
+        for name in ["bf16", *METHODS, *MORE]:
+            plain = name.removesuffix(OPTIMIZED)
+            models[name] = load(name, folder) if name == plain else optimized(models[plain])
         try:
             models["bitsandbytes nf4"] = load("bitsandbytes nf4", folder)
         except (ImportError, RuntimeError) as error:
@@ -129,7 +154,7 @@ def main() -> None:
         for name, values in found.items():
             rows[name][what] = median(values)
             rows[name][f"{what}_times"] = median(found["bf16"]) / median(values)
-            print(f"{what:8s} {name:18s} {1e3 * median(values):8.1f} ms  {rows[name][f'{what}_times']:.2f}", flush=True)
+            print(f"{what:8s} {name:27s} {1e3 * median(values):8.1f} ms  {rows[name][f'{what}_times']:.2f}", flush=True)
     result = {**facts(str(__doc__), __file__), "rows": rows, "loads": loads}
     (RESULTS / "cpu_decode.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "cpu_decode.md").write_text(markdown(result))
@@ -148,6 +173,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables as text."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     about = " ".join(str(__doc__).split("\n\n")[1].split()).partition(" Writes ")[0]
+    about += f" {ABOUT_MORE}" if any(OPTIMIZED in name for name in result["rows"]) else ""
     out = ["# A language model on a CPU", "", "Made by `benchmarks/cpu_decode.py`; do not edit.", "", about, ""]
     out += ["| model | tokens/s | times bf16 | prefill, tokens/s | times bf16 |", "|---|---|---|---|---|"]
     for name, row in result["rows"].items():

@@ -19,6 +19,7 @@ from .errors import (
     WeightError,
 )
 from .kernel import use_kernel
+from .optimizing import optimize
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "backends",
     "coverage",
     "explain",
+    "optimize",
     "quantize",
     "use_kernel",
 ]

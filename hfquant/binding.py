@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +31,54 @@ class Binding:
 
     def run(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -> Tensor | None:
         """y [..., N] of `x` [..., K], or None if the kernel has nothing to bind. Raises like `run_linear`."""
+        _, bound = self.bound(x, packed, key)
+        return None if bound is None else bound(x, packed, bias)
+
+    def bound(self, x: Tensor, packed: list[Tensor], key: str) -> tuple[Kernel, Bound | None]:
+        """The kernel for inputs like `x` [..., K], and what runs them: None if it has nothing to bind.
+
+        Raises like `run_linear`.
+        """
         kernel = best(key, x.device, dtype_inside(PackedSpec.parse(key), x.dtype))
         if kernel.bind is None:
-            return None
-        to = (kernel, *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed))
+            return kernel, None
+        to = _state(kernel, packed)
         if to != self._to:
             self._run, self._to = _bound(kernel, packed, PackedSpec.parse(key)), to
-        assert self._run is not None
-        return self._run(x, packed, bias)
+        return kernel, self._run
+
+
+class Bindings:
+    """The same for a stack of weights [E, N, K] that mean the same: each is bound when it is first needed."""
+
+    def __init__(self) -> None:
+        self._bound: tuple[tuple[Any, ...], dict[int, Bound]] = (), {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bindings:
+        return Bindings()
+
+    def __reduce__(self) -> tuple[type[Bindings], tuple[()]]:
+        return Bindings, ()
+
+    def bounds(
+        self, x: Tensor, packed: list[Tensor], key: str, numbers: Sequence[int]
+    ) -> tuple[Kernel, list[Bound] | None]:
+        """Like `Binding.bound` for the weights with these `numbers`; `packed` are the stacks [E, ...]."""
+        spec = PackedSpec.parse(key)
+        kernel = best(key, x.device, dtype_inside(spec, x.dtype))
+        if kernel.bind is None:
+            return kernel, None
+        to, known = self._bound
+        if to != (now := _state(kernel, packed)):
+            known = {}
+            self._bound = now, known
+        missing = [number for number in numbers if number not in known]
+        known.update((number, _bound(kernel, [tensor[number] for tensor in packed], spec)) for number in missing)
+        return kernel, [known[number] for number in numbers]
+
+
+def _state(kernel: Kernel, packed: list[Tensor]) -> tuple[Any, ...]:
+    return kernel, *[(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed]
 
 
 def is_plain(x: Tensor) -> bool:
@@ -46,7 +87,7 @@ def is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch._C._len_torch_dispatch_stack()
         and not torch.is_autocast_enabled(x.device.type)

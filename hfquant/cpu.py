@@ -23,6 +23,7 @@ from .cpu_inputs import describe_input, why_not_input
 from .cpu_types import TYPES, Input, Weight, hold
 from .errors import UnsupportedError
 from .grids import grid as named
+from .jobs import Direct, join, run_jobs
 from .kernel import Bound, Kernel
 from .layouts import LAYOUTS
 from .packing import packed_width
@@ -47,6 +48,7 @@ class Library:
         self._c.hfq_linear_grid.argtypes = self._c.hfq_linear_int.argtypes
         if (found := self._c.hfq_abi()) != ABI:
             raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
+        self._c.hfq_linear_jobs.argtypes = [c_char_p, c_int64, c_int, c_int]
         if self._c.hfq_isa() is None:
             asked, able = os.environ.get("HFQUANT_CPU_ISA"), ", ".join(self.isas())
             raise UnsupportedError(f"HFQUANT_CPU_ISA={asked!r} is nothing that runs here: choose from {able}")
@@ -101,6 +103,11 @@ class Library:
             raise MemoryError(f"the CPU kernels ran out of memory on a {weight.n} x {weight.k} weight")
         return y
 
+    def jobs(self, table: bytes, count: int, dtype: torch.dtype) -> None:
+        """Run `count` jobs of the `table` of `hfq_job`, whose inputs and results are of `dtype`. Raises MemoryError."""
+        if self._c.hfq_linear_jobs(table, count, TYPES[dtype], torch.get_num_threads()):
+            raise MemoryError(f"the CPU kernels ran out of memory on {count} products at once")
+
 
 _REBUILD = "build it again: hfquant doctor --build"
 
@@ -153,16 +160,18 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     tensors = dict(zip(spec.names, packed, strict=True))
     found = library()
     assert isinstance(found, Library)
-    weight = describe(tensors, spec)
     seen = None if spec.scheme.input is None else describe_input(tensors, spec, spec.scheme.input)
     # Blocks of an input are those of its own columns: where there may be some, the library brings them into order.
     reordered = "order" in tensors and (seen is None or seen.integers)
     order = spec.names.index("order") if reordered else None
+    direct = Direct(found, describe(tensors, spec), seen)
+    if order is None and (seen.integers if seen is not None else not spec.outliers):
+        return direct
 
     def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
         if order is not None:
             x = x.index_select(-1, packed[order])
-        return found.linear(x.contiguous(), weight, None if bias is None else bias.float().contiguous(), seen)
+        return direct(x, packed, bias)
 
     if seen is not None or not spec.outliers:
         return linear
@@ -185,8 +194,9 @@ def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
     weight = Weight.from_buffer_copy(_frame(spec))
     weight.codes = hold(weight, tensors["codes"], spec.shape[0] * weight.row_bytes, "codes")
     table = tensors.get("levels")
-    stored = levels_of(spec.scheme.weight.grid, spec.layout) if table is None else _padded(table)
-    weight.levels = hold(weight, stored)
+    if table is not None:
+        table = F.pad(table, (0, max(0, 256 - table.numel())))  # a fitted one, with as many entries as there are bytes
+    weight.levels = hold(weight, levels_of(spec.scheme.weight.grid, spec.layout) if table is None else table)
     counts = spec.scheme.weight.blocks.counts(spec.shape)
     if "zero" in tensors:
         needed = counts[0] * packed_width(counts[1], weight.zero_bits)
@@ -230,9 +240,4 @@ def levels_of(grid: str, layout: str = "bytes") -> Tensor:
     return table
 
 
-def _padded(levels: Tensor) -> Tensor:
-    """A fitted table with as many entries as there are bytes."""
-    return F.pad(levels, (0, max(0, 256 - levels.numel())))
-
-
-KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind)
+KERNEL = Kernel("cpu", "*", "cpu", run, why_not, priority=10, bind=bind, run_jobs=run_jobs, join=join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .binding import Bindings, is_plain
 from .errors import UnsupportedError
 from .layouts import unpack
 from .nn import packed_aside
 from .qtensor import QTensor
 from .spec import PackedSpec
 
+AT_ONCE = 64  # pairs of a token and an expert: with more, experts have enough to do to be run one after the other
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -76,19 +79,20 @@ class QExperts(RoutedExperts):
     specs: dict[str, PackedSpec]
     keys: dict[str, str]
     dtype: torch.dtype
+    _bindings: dict[str, Bindings]
 
     _hf_quantized_needs_local_tp = True
 
     def hold(self, projection: str, packed: dict[str, Tensor], spec: PackedSpec) -> None:
         """Take the packed tensors [E, ...] of one projection as parameters."""
         self.specs[projection], self.keys[projection] = spec, spec.key()
+        self.__dict__.setdefault("_bindings", {})[projection] = Bindings()
         for name in spec.names:
             self._parameters[f"{projection}_{name}"] = nn.Parameter(packed[name], requires_grad=False)
 
     def packed(self, projection: str, expert: int) -> list[Tensor]:
         """The packed tensors of one expert's projection."""
-        names = self.specs[projection].names
-        return [self._parameters[f"{projection}_{name}"][expert] for name in names]  # type: ignore[index]
+        return [stack[expert] for stack in self._stacks(projection)]
 
     def packed_names(self) -> list[str]:
         """Names of all packed parameters."""
@@ -107,6 +111,50 @@ class QExperts(RoutedExperts):
         count = self._parameters[f"{projection}_{self.specs[projection].names[0]}"].shape[0]  # type: ignore[union-attr]
         stacked = torch.stack([self.qtensor(projection, expert).dequantize(dtype) for expert in range(count)])
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As of `RoutedExperts`; a few tokens at a time take two calls of the kernel for all their experts."""
+        if is_plain(hidden_states) and 0 < top_k_index.numel() <= AT_ONCE:
+            out = self._at_once(hidden_states, top_k_index, top_k_weights)
+            if out is not None:
+                return out
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def _at_once(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """Weighted sum [T, H], or None if the kernel has no way to run several products at once."""
+        experts, top = index.flatten().tolist(), index.shape[-1]
+        slots = sorted(
+            (slot for slot in range(len(experts)) if experts[slot] < self.num_experts), key=experts.__getitem__
+        )
+        out = torch.zeros_like(x)
+        if not slots:
+            return out
+        counts = Counter(experts[slot] for slot in slots)  # in the order of `slots`
+        tokens = torch.tensor([slot // top for slot in slots], device=x.device)
+        rows = x.index_select(0, tokens)
+        hidden = self._project_all("gate_up_proj" if self.has_gate else "up_proj", rows, counts)
+        if hidden is None:
+            return None
+        y = self._project_all("down_proj", self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden), counts)
+        if y is None:
+            return None
+        y = self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        y = y * weights.flatten()[torch.tensor(slots, device=x.device), None]
+        return out.index_add(0, tokens, y.to(out.dtype))
+
+    def _project_all(self, projection: str, x: Tensor, counts: dict[int, int]) -> Tensor | None:
+        """Outputs [R, N] for `x` [R, K], of which each expert in turn has so many rows; None as above."""
+        spec, experts = self.specs[projection], list(counts)
+        kernel, bounds = self._bindings[projection].bounds(x, self._stacks(projection), self.keys[projection], experts)
+        if bounds is None or kernel.run_jobs is None:
+            return None
+        sizes, y = list(counts.values()), x.new_empty(x.shape[0], spec.shape[0])
+        biases = [self._bias_of(projection, expert) for expert in experts]
+        return y if kernel.run_jobs(bounds, x.split(sizes), biases, y.split(sizes)) else None
+
+    def _stacks(self, projection: str) -> list[Tensor]:
+        """The packed tensors [E, ...] of all experts' projection."""
+        return [self._parameters[f"{projection}_{name}"] for name in self.specs[projection].names]  # type: ignore[misc]
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
         bias = self._bias_of(projection, expert)

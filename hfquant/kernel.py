@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -25,6 +25,8 @@ Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 """(x, packed, bias) -> y for one packed weight."""
 Columns = Callable[[list[Tensor], PackedSpec, torch.dtype, int, int], Tensor]
+RunJobs = Callable[[Sequence[Bound], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], bool]
+Join = Callable[[Sequence[Bound], Sequence[Tensor | None]], Callable[[Tensor], list[Tensor]] | None]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -43,6 +45,8 @@ class Kernel:
     every call for the same tensors; what it returns must not keep them alive. `columns(packed, spec, dtype, first,
     last)` may give columns [N, last - first] of the matrix of a weight that is not declined, as `QTensor.dequantize`
     does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
+    `run_jobs(bounds, xs, biases, ys)` may run several bound weights at once into given results, to the same bits; it
+    returns False where it cannot. `join(bounds, biases)` gives what runs them all on one input, None where it cannot.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Kernel:
     priority: int = 0
     bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
     columns: Columns | None = None
+    run_jobs: RunJobs | None = None
+    join: Join | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")

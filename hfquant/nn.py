@@ -17,6 +17,7 @@ from .layouts import LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
 from .spec import InputSpec, PackedSpec, TensorSpec
+from .together import Together
 from .weight_view import WeightView
 
 _NUMBERS = "hfquant"  # entry of a state dict's metadata: what the codes of a layer mean
@@ -148,6 +149,8 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 class QLinear(PackedModule, nn.Linear):
     """y = x W^T + b with a packed W [out_features, in_features]."""
 
+    _together: tuple[Together, int] | None = None  # `optimize`: what it shares with its siblings, its number among them
+
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         self._start(dtype)
         self.in_features, self.out_features = in_features, out_features
@@ -156,8 +159,13 @@ class QLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs [..., out_features] in the dtype of `input` [..., in_features]."""
+        plain = is_plain(input)
+        if plain and self._together is not None:
+            together, number = self._together
+            if (y := together.take(number, self, input)) is not None:
+                return y
         packed, bias = self.packed(), self._parameters["bias"]
-        if is_plain(input) and (y := self._binding.run(input, packed, bias, self.key)) is not None:
+        if plain and (y := self._binding.run(input, packed, bias, self.key)) is not None:
             return y
         return ops.linear(input, packed, bias, self.key)
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import hfquant
 from hfquant import HfQuantConfig
 from hfquant.nn import QLinear
 from hfquant.quantize import pack, quantize_linear
@@ -88,3 +89,18 @@ def test_generation_compiles_dense_models_only(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / kind)
         quantized = type(model).from_pretrained(tmp_path / kind, quantization_config=HfQuantConfig("int4"))
         assert quantized.hf_quantizer.is_compileable is expected
+
+
+@torch.no_grad()
+def test_generation_with_a_static_cache_compiles_and_writes_the_same(tmp_path):
+    model = quantized(tmp_path)
+    ids = tiny_inputs(model)["input_ids"][:1]
+    greedy = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    expected = model.generate(ids, **greedy)
+    hfquant.optimize(model)
+    assert torch.equal(model.generate(ids, **greedy, cache_implementation="static"), expected)
+    seen = []
+    eager = torch._dynamo.backends.debugging.eager
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=lambda *a: seen.append(a) or eager(*a))
+    assert torch.equal(model.generate(ids, **greedy, cache_implementation="static"), expected)
+    assert len(seen) == 2  # one graph for the prompt, one for all tokens after it

@@ -16,10 +16,11 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hfquant import HfQuantConfig, UnsupportedError
+from hfquant import HfQuantConfig, UnsupportedError, use_kernel
 from hfquant.config import HfQuantConfig as Config
 from hfquant.coverage import survey
-from hfquant.experts import QExperts, expert_projections, why_not_experts
+from hfquant.cpu import Library
+from hfquant.experts import AT_ONCE, QExperts, RoutedExperts, expert_projections, why_not_experts
 from hfquant.stats import Stats
 from hfquant.swap import quantize_into, swap_in, swap_out
 from hfquant.testing.tiny import tiny_inputs, tiny_model
@@ -102,6 +103,53 @@ def test_forward_and_gradients_are_those_of_the_original_class(kind, options):
     for ours, theirs in zip(*([r[:3] for r in results]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert packed.has_bias is (kind == "gpt_oss") and packed.has_gate is (kind != "nemotron_h")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS])
+@pytest.mark.parametrize("method", ["int4", "nf4", "w8a8"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_few_tokens_run_in_two_calls(kind, method, tokens, monkeypatch):
+    calls, original = [], Library.jobs
+    monkeypatch.setattr(Library, "jobs", lambda self, *rest: (calls.append(rest[1]), original(self, *rest))[1])
+    packed, _ = both(kind, method, **({"transform": None} if method == "w8a8" else {}))
+    x, index, weights = (t[:tokens] for t in routed())
+    index[-1, 0] = EXPERTS  # served by another rank
+    one_by_one = RoutedExperts.forward(packed, x, index, weights)
+    for mode in (torch.no_grad, torch.inference_mode):
+        calls.clear()
+        with mode():
+            for _ in range(2):
+                # Products are the same to the last bit; sigmoids of another number of elements are not.
+                torch.testing.assert_close(packed(x, index, weights), one_by_one.detach(), rtol=2e-6, atol=1e-6)
+        assert calls == [len(index[index < EXPERTS].unique())] * 4
+    with torch.no_grad():
+        assert not packed(x, torch.full_like(index, EXPERTS), weights).any()
+        many = [t.repeat(AT_ONCE, *[1] * (t.dim() - 1)) for t in (x, index, weights)]
+        calls.clear()
+        torch.testing.assert_close(packed(*many)[:tokens], one_by_one, rtol=1e-4, atol=1e-4)
+        with use_kernel("reference"):
+            torch.testing.assert_close(packed(x, index, weights), one_by_one, rtol=1e-3, atol=1e-3)
+        assert calls == []
+
+
+@torch.no_grad()
+def test_every_change_of_the_experts_is_seen():
+    packed, _ = both("gpt_oss")
+    x, index, weights = routed()
+    other = copy.deepcopy(packed)
+    before = packed(x, index, weights)
+    for change in (
+        lambda: other.down_proj_scale.mul_(2),
+        lambda: other.gate_up_proj_bias.add_(1),
+        lambda: setattr(other, "down_proj_scale", nn.Parameter(packed.down_proj_scale * 3, requires_grad=False)),
+        lambda: other.to(torch.bfloat16).to(torch.float32),
+    ):
+        last = other(x, index, weights)
+        change()
+        y = other(x, index, weights)
+        torch.testing.assert_close(y, RoutedExperts.forward(other, x, index, weights), rtol=2e-6, atol=1e-6)
+        assert not torch.equal(y, last)
+        assert torch.equal(packed(x, index, weights), before)
 
 
 def test_gradients_reach_the_biases():

@@ -208,6 +208,16 @@ bool agree(Random &random, const std::vector<std::string> &isas, const Sizes &s,
     return true;
 }
 
+// A product as the last of two jobs.
+int as_jobs(Random &random, const Sizes &s, const hfq_job &job, int threads) {
+    Numbers other(random, s.m * s.n, s.type, 0, 0);
+    hfq_job jobs[2] = {job, job};
+    jobs[0].y = other.data();
+    const int failed = hfq_linear_jobs(jobs, 2, s.type, threads);
+    const size_t size = size_t(s.m * s.n) * (s.type == HFQ_FLOAT32 ? 4 : 2);
+    return failed || std::memcmp(other.data(), job.y, size) ? -1 : 0;
+}
+
 // Any weight.
 struct AnyWeight {
     hfq_weight w = {};
@@ -324,7 +334,11 @@ bool floating(Random &random, const std::vector<std::string> &isas, int threads)
     const double roundings = s.type == HFQ_BFLOAT16 ? 3.1 : s.type == HFQ_FLOAT16 ? 1 : 0;
     const Expected expected = product(s, weight, plain, offset, roundings);
     if (!dequantized(random, isas, s, weight, threads)) return describe(s, weight.w), false;
-    const auto call = [&](void *y) { return hfq_linear(&weight.w, x.data(), offset, y, s.m, s.type, threads); };
+    const bool joined = random.one_in(3);
+    const auto call = [&](void *y) {
+        return joined ? as_jobs(random, s, {&weight.w, nullptr, x.data(), offset, y, s.m}, threads)
+                      : hfq_linear(&weight.w, x.data(), offset, y, s.m, s.type, threads);
+    };
     if (agree(random, isas, s, expected, call)) return true;
     return describe(s, weight.w), false;
 }
@@ -525,7 +539,11 @@ bool integers(Random &random, const std::vector<std::string> &isas, int threads)
             expected.bound[size_t(m * s.n + i)] = infinite ? 0 : relative * (std::fabs(exact) + terms) + tiny(s.type);
         }
     }
-    const auto call = [&](void *y) { return hfq_linear_int(&w, &input, x.data(), offset, y, s.m, s.type, threads); };
+    const bool joined = random.one_in(3);
+    const auto call = [&](void *y) {
+        return joined ? as_jobs(random, s, {&w, &input, x.data(), offset, y, s.m}, threads)
+                      : hfq_linear_int(&w, &input, x.data(), offset, y, s.m, s.type, threads);
+    };
     if (agree(random, isas, s, expected, call)) return true;
     std::printf("input %g to %g scale %g split %g, %lld outliers of type %d, levels from %g: ", input.low, input.high,
                 input.scale, input.split, (long long)input.outlier_count, input.outlier_type, levels[0]);

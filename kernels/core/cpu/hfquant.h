@@ -60,6 +60,16 @@ typedef struct hfq_input {
     const int32_t *order;         /* column of x that each column of the weight belongs to; NULL for its own */
 } hfq_input;
 
+/* One product of `hfq_linear_jobs`: the arguments of `hfq_linear`, or with an `input` those of `hfq_linear_int`. */
+typedef struct hfq_job {
+    const hfq_weight *weight;
+    const hfq_input *input;       /* NULL for none */
+    const void *x;                /* [m, k] */
+    const float *bias;            /* [n] or NULL */
+    void *y;                      /* [m, n] */
+    int64_t m;
+} hfq_job;
+
 /* How a matrix [n, k] is rounded: x / scale goes to the nearest level of a grid, a tie to the code of even parity counted
  * from zero. */
 typedef struct hfq_rounding {
@@ -114,6 +124,10 @@ HFQ_EXPORT int hfq_round(const hfq_rounding *rounding, const void *x, float *val
 /* The columns [first, last) of a weight, [n, last - first] of `type`, rounded once from float32. Returns 0, or -1 if
  * memory ran out or no instruction set is in use. */
 HFQ_EXPORT int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads);
+
+/* Several products; x and y of all are of `type`. The results are those of single calls. Returns 0, or -1 if one failed:
+ * then nothing is known of what is in any y. */
+HFQ_EXPORT int hfq_linear_jobs(const hfq_job *jobs, int64_t count, int type, int threads);
 
 /* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
 HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);
