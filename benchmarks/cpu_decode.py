@@ -9,6 +9,7 @@ own, with its files in memory. Writes results/cpu_decode.json and .md.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import subprocess
@@ -186,4 +187,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    loaded(*sys.argv[2:]) if sys.argv[1:2] == ["--load"] else main()
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", nargs=2, metavar=("MODEL", "FOLDER"), help="only load a model, in this process")
+    given = parser.parse_args().load
+    loaded(*given) if given else main()

@@ -9,8 +9,8 @@ Writes results/cpu_linear.json, .md and .png.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -210,9 +210,8 @@ def plan(quick: bool) -> Iterator[tuple[str, Scheme, tuple[int, int], int]]:
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure, print, write; `--quick` for one shape and the formats that others have too, printed only."""
-    quick = "--quick" in sys.argv
+def main(quick: bool) -> None:
+    """Measure, print, write; `quick`: one shape and the formats that others have too, printed only."""
     lines = []
     for name, scheme, shape, tokens in plan(quick):
         line = measured(name, scheme, shape, tokens)
@@ -271,4 +270,6 @@ def plot(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, the formats that others have too; prints only")
+    main(parser.parse_args().quick)
