@@ -61,3 +61,13 @@ def tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) 
     usual = LINEAR.get(architecture, AMD if architecture.startswith("gfx") else DEFAULT)
     table = FLOAT32 if is_float32 else GATHERED if is_gathered else usual
     return next(tile for tile in table if rows <= tile.rows)
+
+
+GRAD = (Tile(64, 64, 64, 64, 4, 2, False), Tile(ANY, 128, 64, 64, 8, 2, False))
+GRAD_GATHERED = (Tile(64, 64, 32, 64, 4, 2, False), Tile(ANY, 128, 32, 64, 8, 2, False))
+
+
+def grad_tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
+    """The tile for a gradient of `rows` rows."""
+    table = FLOAT32 if is_float32 else GRAD_GATHERED if is_gathered else GRAD
+    return next(tile for tile in table if rows <= tile.rows)

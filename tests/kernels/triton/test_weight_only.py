@@ -99,6 +99,17 @@ def test_zeros_give_the_bias(dtype: torch.dtype) -> None:
             assert torch.equal(y, bias.to(dtype).expand(*shape[:-1], 20))
 
 
+def test_packed_tensors_of_any_stride() -> None:
+    q = random_weight((24, 64), TensorSpec("uint4", Blocks(1, 16), True, TensorSpec("dyn8", Blocks(1, 16))), 0)
+    tensors, spec = packed(q, "dense")
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    with interpreted():
+        y = launch.bind(tensors, spec)(x, tensors, None)
+        apart = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in tensors]
+        assert not any(tensor.is_contiguous() for tensor in apart)
+        assert torch.equal(y, launch.bind(apart, spec)(x, apart, None))
+
+
 def test_inputs_of_any_shape_and_stride() -> None:
     q = random_weight((24, 64), TensorSpec("nf4", Blocks(1, 32)), 0)
     x = torch.randn(64, 3, 5, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0)
