@@ -255,7 +255,9 @@ def product(
             )  # fmt: skip
             if splits > 1:
                 size = m * n
-                add_splits[(triton.cdiv(size, REDUCED),)](partial, bias, out, size, n, SPLIT=splits, BLOCK=REDUCED)
+                add_splits[(triton.cdiv(size, REDUCED),)](
+                    partial, bias, out, size, n, SPLIT=splits, BLOCK=REDUCED, enable_fp_fusion=True
+                )
     return out.reshape(*x.shape[:-1], n)
 
 
