@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import reference
 from .errors import UnsupportedError
-from .hadamard import hadamard
-from .spec import PackedSpec
+from .hadamard import hadamard, inverse_hadamard
+from .spec import PackedSpec, Scheme
 from .tables import Table
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 Columns = Callable[[list[Tensor], PackedSpec, torch.dtype, int, int], Tensor]
 RunJobs = Callable[[Sequence[Bound], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], bool]
 Join = Callable[[Sequence[Bound], Sequence[Tensor | None]], Callable[[Tensor], list[Tensor]] | None]
+InputGrad = Callable[[Tensor, list[Tensor], PackedSpec], Tensor]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -47,6 +48,7 @@ class Kernel:
     does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
     `run_jobs(bounds, xs, biases, ys)` may run several bound weights at once into given results, to the same bits; it
     returns False where it cannot. `join(bounds, biases)` gives what runs them all on one input, None where it cannot.
+    `input_grad(grad, packed, spec)` computes grad [..., N] @ W.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Kernel:
     columns: Columns | None = None
     run_jobs: RunJobs | None = None
     join: Join | None = None
+    input_grad: InputGrad | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")
@@ -100,8 +103,29 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
 
 def columns_of(key: str, device: torch.device, dtype: torch.dtype) -> Columns | None:
     """What gives columns of a weight's matrix at this point, None if only the reference does."""
-    kernel, forced = choose(key, device, dtype), _forced.get()
+    kernel, forced = choose(_without_input(key), device, dtype), _forced.get()
     return kernel.columns if forced in (None, kernel.name) and not PackedSpec.parse(key).rotated else None
+
+
+def run_input_grad(grad: Tensor, packed: list[Tensor], key: str) -> Tensor:
+    """Gradient [..., K] of the input of a quantized linear layer; `grad` [..., N] is that of its output.
+
+    Quantization of the input counts as identity, so that of the weight alone decides which kernel can. Inside of
+    `use_kernel` the reference stands in for a kernel without gradients.
+    """
+    spec, forced = PackedSpec.parse(key), _forced.get()
+    kernel = choose(_without_input(key), grad.device, grad.dtype)
+    if kernel.input_grad is None or forced not in (None, kernel.name):
+        return reference.input_grad(grad, packed, spec)
+    out = kernel.input_grad(grad, packed, replace(spec, rotated=False))
+    return inverse_hadamard(out).to(grad.dtype) if spec.rotated else out
+
+
+@lru_cache(maxsize=4096)
+def _without_input(key: str) -> str:
+    """The key of the same weight in a layer that does not quantize its input."""
+    spec = PackedSpec.parse(key)
+    return replace(spec, scheme=Scheme(spec.scheme.weight)).key()
 
 
 def rotate(x: Tensor, spec: PackedSpec) -> Tensor:

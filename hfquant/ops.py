@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .hadamard import inverse_hadamard
-from .kernel import columns_of, run_linear
+from .kernel import Columns, columns_of, run_input_grad, run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
 
@@ -32,9 +31,13 @@ def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str
 
 
 def _input_grad(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
-    parsed, columns = PackedSpec.parse(spec), columns_of(spec, grad.device, grad.dtype)
-    if columns is None:
-        return reference.input_grad(grad, packed, parsed)
+    columns = columns_of(spec, grad.device, grad.dtype)
+    return run_input_grad(grad, packed, spec) if columns is None else _grad_in_panels(grad, packed, spec, columns)
+
+
+def _grad_in_panels(grad: Tensor, packed: list[Tensor], spec: str, columns: Columns) -> Tensor:
+    """grad [..., N] @ W, some columns of W at a time."""
+    parsed = PackedSpec.parse(spec)
     height, width = parsed.shape
     step = max(1, _PANEL // max(1, height * grad.element_size() * 64)) * 64
     step = width if "order" in parsed.names or parsed.outliers else min(step, width)
