@@ -25,6 +25,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 Handle = interpreter.TensorHandle
+LANGUAGE = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # the modules to patch, as a function has them
 NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 WORDS = {2: (torch.uint16, np.uint16), 1: (torch.uint8, np.uint8)}
 
@@ -62,7 +63,7 @@ def _launch(backwards: bool) -> Callable[..., None]:
         given = {name: v if name in constant else interpreter._implicit_cvt(v) for name, v in bound.items()}
         function, builder = _rewritten(kernel.fn), interpreter.interpreter_builder
         builder.extents = [extent(value) for value in bound.values() if isinstance(value, torch.Tensor)]
-        scope = interpreter._patch_lang(function)
+        scope = interpreter._patch_lang(LANGUAGE)
         try:
             builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
             programs = list(itertools.product(*(range(count) for count in grid), *((0,),) * (3 - len(grid))))

@@ -1,0 +1,1 @@
+"""Triton kernels of the core, for NVIDIA and AMD GPUs, and what launches them."""
