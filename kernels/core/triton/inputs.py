@@ -65,7 +65,7 @@ def _rounded(value, LOW: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, M: tl
 
 @triton.jit
 def _as_stored(level, STORE: tl.constexpr, E: tl.constexpr, M: tl.constexpr):
-    """Levels in the form that products read: "int8", "bfloat16", or "float8" as patterns of sign, exponent, mantissa."""
+    """Levels as products read them: "int8", "bfloat16", or "float8" as patterns of sign, exponent and mantissa."""
     if STORE == "int8":
         stored = (level + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     elif STORE == "bfloat16":
@@ -144,7 +144,7 @@ def peak_kernel(x, peak, rows, columns, x_stride, ROWS: tl.constexpr, COLUMNS: t
     for start in range(0, columns, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
         mask = (row < rows)[:, None] & (column < columns)
-        value, bits = _magnitude(x, row.to(tl.int64)[:, None] * x_stride + column, mask, x, column, False)
+        bits = _magnitude(x, row.to(tl.int64)[:, None] * x_stride + column, mask, x, column, False)[1]
         top = tl.maximum(top, tl.max(bits, 1))
     tl.atomic_max(peak, tl.max(top, 0))
 
