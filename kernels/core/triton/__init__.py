@@ -1,1 +1,1 @@
-"""Triton kernels of the core, for NVIDIA and AMD GPUs, and what launches them."""
+"""Triton kernels. Importing a module of this package needs triton, so hfquant does it only where one is used."""

@@ -1,4 +1,4 @@
-"""y = x W^T + b for integer weights and inputs: int8 matrix instructions, int32 sums, columns in floating point beside."""
+"""y = x W^T + b for integer weights and inputs: exact sums, and columns that take part in floating point."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hfquant.errors import FormatError
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
+from . import launch
 from .inputs import Outlying, outlying, quantize
-from .launch import hardware, on
 from .quantized_tiles import int8_tile
 
 COLUMNS = 32  # of one step over columns in floating point
 
 
 @triton.jit
-def _product(a, b, sums, DTYPE: tl.constexpr):
-    """sums + a b for operands in a 16-bit DTYPE, or in float32 without rounding them."""
-    if DTYPE == tl.float32:
+def _product(a, b, sums, dtype: tl.constexpr):
+    """sums + a b for operands of a 16-bit dtype, or in float32 without rounding them."""
+    if dtype == tl.float32:
         sums = tl.dot(a, b, sums, input_precision="ieee")
     else:
         sums = tl.dot(a, b, sums)
@@ -45,12 +45,13 @@ def int8_kernel(
 ):  # fmt: skip
     """One tile [BM, BN] of `y` [M, N].
 
-    `a` [M, a_stride] int8, `a_scale` [M] float32 and `a_sum` [M] int32 are the quantized input. A byte of `codes`
-    [N, row_bytes] becomes an int8 by turning its first bit over, which is the level that it stands for less OFFSET;
-    `words` are the same in words of four, which takes a fraction of the instructions, or None. With HALVES a byte holds two codes of 4 bits, which become the upper halves of int8, 16 times the levels; the input then
-    has its even columns first and its odd ones from `half` on. The first `count` columns in `index` (SPLIT) take part
+    `a` [M, a_stride] int8, `a_scale` [M] float32 and `a_sum` [M] int32 are the quantized input. A byte of `codes` [N,
+    row_bytes] becomes an int8 by turning its first bit over, which is the level that it stands for less OFFSET; `words`
+    are the same bytes, four at once, which takes a fraction of the instructions, or None. With HALVES a byte holds two
+    codes of 4 bits, which become the upper halves of int8, 16 times the levels; the input then has its even columns
+    first and its odd ones from `half` on. `scale` [N]. Columns in floating point: the first `count` in `index` (SPLIT)
     with `x` [M, K] and levels, code + LOW; those in `stored_index` [stored] (STORED) with `x` and `stored_weight` [N,
-    stored]. `scale` [N].
+    stored].
     """
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
     tile = tl.program_id(0)
@@ -134,13 +135,13 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
         low = int(weight.levels()[0])
         offset = 16 * (low + 8) if halves else low + 128
         stored = tensors.get("outlier_index")
-        with on(x.device):
+        with launch.on(x.device):
             apart = outlying(rows, input.split, stored) or Outlying(None)
             seen = quantize(
                 rows, input.tensor.numbers(), "int8", given=tensors.get("input_scale"), keep=apart.keep,
                 planes=halves, sums=offset != 0,
             )  # fmt: skip
-            tile = int8_tile(hardware(x.device).architecture, rows.shape[0])
+            tile = int8_tile(launch.hardware(x.device).architecture, rows.shape[0])
             codes = tensors["codes"]
             words = codes.view(torch.int32) if row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0 else None
             int8_kernel[(triton.cdiv(n, tile.bn) * triton.cdiv(rows.shape[0], tile.bm),)](

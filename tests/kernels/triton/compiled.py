@@ -31,6 +31,7 @@ TARGETS = {
 }
 NVIDIA = tuple(name for name in TARGETS if name.startswith("sm_"))
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+INSTRUCTION = r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;"  # of NVIDIA, behind its address
 _CACHE = tempfile.TemporaryDirectory(prefix="hfquant-triton-")
 
 
@@ -109,7 +110,7 @@ class Binary:
         """One instruction each, with its operands and without predicates, addresses and labels."""
         if "amdgcn" in self.asm:
             return re.findall(r"^\t([a-z]\w+(?:[ \t].*)?)$", self.text, re.MULTILINE)
-        return re.findall(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", self.text, re.MULTILINE)
+        return [line for _, line in re.findall(INSTRUCTION, self.text, re.MULTILINE)]
 
     @cached_property
     def opcodes(self) -> Counter[str]:
@@ -126,14 +127,16 @@ class Binary:
         """The instructions of the longest loop: between a backward branch and where it goes to."""
         if "amdgcn" in self.asm:
             return _longest(self.text, r"^(\.\w+):", r"^\ts_c?branch\w* (\.\w+)", r"^\t([a-z]\w+.*)$")
-        numbered = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", self.text, re.MULTILINE)
-        at = [int(address, 16) for address, _ in numbered]
+        # Behind the end of the program lie paths that are rarely taken and jump back into it: they are no loops.
+        program = re.split(r"^\s+/\*[0-9a-f]{4,6}\*/\s+EXIT\s*;", self.text, maxsplit=1, flags=re.MULTILINE)[0]
+        numbered = re.findall(INSTRUCTION, program, re.MULTILINE)
+        at = {int(address, 16): place for place, (address, _) in enumerate(numbered)}
         best: list[str] = []
         for here, (_, line) in enumerate(numbered):
-            if found := re.match(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`?\(?0x([0-9a-f]+)", line):
-                target = int(found[1], 16)
-                if target in at and here - at.index(target) > len(best):
-                    best = [text for _, text in numbered[at.index(target) : here + 1]]
+            found = re.match(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`?\(?0x([0-9a-f]+)", line)
+            begin = at.get(int(found[1], 16), here) if found else here
+            if here - begin > len(best):
+                best = [text for _, text in numbered[begin : here + 1]]
         return best
 
     @cached_property

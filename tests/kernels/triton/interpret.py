@@ -25,7 +25,9 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 Handle = interpreter.TensorHandle
-LANGUAGE = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # the modules to patch, as a function has them
+LANGUAGE = types.SimpleNamespace(
+    __globals__={"tl": tl, "core": tl.core}
+)  # the modules to patch, as a function has them
 NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 WORDS = {2: (torch.uint16, np.uint16), 1: (torch.uint8, np.uint8)}
 
@@ -38,7 +40,7 @@ def interpreted(backwards: bool = False) -> Iterator[None]:
     store outside of the tensors of the launch, and for a conversion to float8 beyond its range.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with pytest.MonkeyPatch.context() as patch, knobs.runtime.scope():
+    with pytest.MonkeyPatch.context() as patch, knobs.runtime.scope(), np.errstate(all="ignore"):
         knobs.runtime.interpret = True
         patch.setattr(JITFunction, "run", _launch(backwards))
         patch.setattr(JITFunction, "__call__", lambda self, *args, **options: _rewritten(self.fn)(*args, **options))

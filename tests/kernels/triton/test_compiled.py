@@ -39,7 +39,8 @@ def crowded(x, out, N: tl.constexpr, K: tl.constexpr):
 def summed(target: str, dtype: torch.dtype, offset: int = 0) -> Binary:
     with recording() as launches:
         x, out = torch.empty(4097 + offset, dtype=dtype), torch.empty(512)
-        scaled_sum[(1,)](x[offset:], out, out, 4096, STEP=512, INTEGER=dtype == torch.int32, num_warps=4)
+        ints = dtype == torch.int32
+        scaled_sum[(1,)](x[offset:], out, out, 4096, STEP=512, INTEGER=ints, num_warps=4, enable_fp_fusion=True)
     (launch,) = launches
     assert launch.grid == (1,)
     return launch.compile(target)
@@ -73,12 +74,21 @@ def test_it_finds_matrix_instructions_and_what_they_need(target: str) -> None:
     assert launches[0].compile(target) is binary, "compiled once"
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 def test_it_finds_spills(target: str) -> None:
+    with recording() as launches:
+        x = torch.empty(1 << 16)
+        crowded[(1,)](x, x, N=64, K=2, num_warps=4, maxnreg=24)
+        crowded[(1,)](x, x, N=64, K=2, num_warps=4)
+    tight, wide = (launch.compile(target) for launch in launches)
+    assert tight.spilled > 0 and tight.registers <= 24 and wide.spilled == 0
+
+
+def test_it_finds_spills_on_amd() -> None:
     with recording() as launches:
         x = torch.empty(1 << 17)
         crowded[(1,)](x, x, N=128, K=2, num_warps=1)
-    assert launches[0].compile(target).spilled > 0
+    assert launches[0].compile("gfx942").spilled > 0
 
 
 def test_the_cache_of_the_user_is_left_alone() -> None:

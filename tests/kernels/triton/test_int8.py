@@ -20,6 +20,7 @@ from hfquant.spec import InputSpec, PackedSpec, TensorSpec
 from ..problems import WORST_INT, assert_close, int_problems, packed, random_weight
 from .compiled import TARGETS, Launch, recording
 from .interpret import interpreted
+from .products import as_if_on
 
 TOKENS = InputSpec(TensorSpec("int8", Blocks(1, -1)))
 
@@ -88,15 +89,14 @@ def test_what_it_declines() -> None:
     grouped = replace(spec, scheme=replace(spec.scheme, weight=weight))
     assert "one scale for each row" in gpu_inputs.why_not_int8(grouped, torch.float16, (9, 0))
     plain = replace(spec, scheme=replace(spec.scheme, input=None))
-    assert "quantize their input" in gpu_inputs.why_not_int8(plain, torch.float16, (9, 0))
+    assert "does not quantize its input" in gpu_inputs.why_not_int8(plain, torch.float16, (9, 0))
     assert "layouts bytes and dense" in gpu_inputs.why_not_int8(replace(spec, layout="x"), torch.float16, (9, 0))
 
 
 def product(rows: int, grid: str, layout: str, split: float | None, architecture: str) -> Launch:
     """The launch of the product of a layer with 4096 columns."""
     tensors, spec = layer(grid, layout, (4096, 4096), replace(TOKENS, split=split), 8 if split else 0)
-    with pytest.MonkeyPatch.context() as patch, recording() as launches:
-        patch.setattr(int8, "hardware", lambda device: type("", (), {"architecture": architecture}))
+    with as_if_on(architecture), recording() as launches:
         int8.run(torch.empty(rows, 4096, dtype=torch.bfloat16), tensors, None, spec)
     return launches[-1]
 

@@ -1,0 +1,63 @@
+"""Sizes of tiles for each architecture, as data: nothing is timed at run time, so that results never change by chance.
+
+Rows of a table are tried in order: the first with room for the rows of the input is taken. Measured on no GPU yet:
+these sizes compile without spills, load 16 bytes at a time and need the fewest instructions for each weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Rows of the input it is for, at most; its sides; warps; stages of the pipeline; whether K may be split."""
+
+    rows: int
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    split: bool
+
+
+ANY = 1 << 62
+
+DEFAULT = (
+    Tile(16, 16, 64, 128, 4, 3, True),
+    Tile(32, 32, 64, 128, 4, 3, True),
+    Tile(64, 64, 128, 64, 8, 3, True),
+    Tile(ANY, 128, 128, 64, 8, 3, False),
+)
+# Warps of 64 threads, and 64 KiB of shared memory.
+AMD = (
+    Tile(16, 16, 64, 128, 4, 2, True),
+    Tile(32, 32, 64, 128, 4, 2, True),
+    Tile(64, 64, 128, 64, 4, 2, True),
+    Tile(ANY, 128, 128, 64, 4, 2, False),
+)
+LINEAR = {
+    "sm_90": (
+        Tile(16, 16, 64, 128, 4, 3, True),
+        Tile(32, 32, 64, 128, 4, 3, True),
+        Tile(64, 64, 64, 128, 4, 3, True),
+        Tile(ANY, 128, 128, 64, 8, 3, False),
+    ),
+    "sm_100": (
+        Tile(16, 16, 128, 128, 4, 3, True),
+        Tile(32, 32, 128, 128, 4, 3, True),
+        Tile(64, 64, 128, 64, 4, 3, True),
+        Tile(ANY, 128, 128, 64, 8, 3, False),
+    ),
+}
+# Codes that are read one by one, and scales inside of the tile, take more registers.
+GATHERED = (Tile(16, 16, 64, 64, 4, 2, True), Tile(64, 64, 64, 64, 8, 2, True), Tile(ANY, 128, 64, 32, 8, 2, False))
+# Without tensor cores a tile is a loop over its columns in registers.
+FLOAT32 = (Tile(16, 16, 32, 32, 4, 2, True), Tile(ANY, 32, 32, 32, 4, 2, False))
+
+
+def tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
+    """The tile for an input of `rows` rows."""
+    usual = LINEAR.get(architecture, AMD if architecture.startswith("gfx") else DEFAULT)
+    table = FLOAT32 if is_float32 else GATHERED if is_gathered else usual
+    return next(tile for tile in table if rows <= tile.rows)

@@ -1,0 +1,161 @@
+"""The weight-only kernel, interpreted, computes what `QTensor.dequantize` says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from hfquant import gpu
+from hfquant.blocks import Blocks
+from hfquant.errors import FormatError
+from hfquant.kernel import Kernel, declined
+from hfquant.kernels.triton import launch
+from hfquant.qtensor import QTensor
+from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
+
+from ..problems import BOUND, DTYPES, GRIDS, error, packed, random_weight
+from .interpret import interpreted
+from .products import as_if_on, assert_near, interpret, problems, with_outliers
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_the_product_is_that_of_the_dequantized_weight(problem: tuple) -> None:
+    q, layout, x, bias = problem
+    assert_near(interpret(q, layout, x, bias), x, q, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_every_grid(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    x[:, 77] *= 50
+    for grid in GRIDS:
+        q = random_weight((64, 256), TensorSpec(grid, Blocks(1, 64), grid == "uint4"), 0)
+        y = interpret(q, "dense" if q.spec.numbers().bits < 8 else "bytes", x.to(dtype), None)
+        assert error(y, x.to(dtype), q.dequantize(), None) <= BOUND[dtype], grid
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [64, 40, -1])
+def test_columns_are_split_among_programs_and_summed_in_one_order(dtype: torch.dtype, group: int) -> None:
+    """However the programs are scheduled, results are equal to the last bit."""
+    q = random_weight((40, 1500), TensorSpec("uint4", Blocks(1, group), True), 0)
+    x = torch.randn(3, 1500, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    added = mock.MagicMock()
+    added.__getitem__.side_effect = launch.add_splits.__getitem__
+    with as_if_on("sm_90"), mock.patch.object(launch, "add_splits", added):
+        y = interpret(q, "dense", x, bias)
+        assert torch.equal(y, interpret(q, "dense", x, bias, backwards=True))
+    assert added.__getitem__.call_count == 2, "not split"
+    assert_near(y, x, q, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_levels_and_outliers(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = random_weight((40, 96), TensorSpec("int4", Blocks(1, 32)), 0)
+    order = torch.randperm(96, generator=generator).int()
+    levels = torch.randn(16, generator=generator).sort().values
+    fitted = random_weight((40, 96), TensorSpec("nf4", Blocks(1, 32)), 0)
+    x = torch.randn(7, 96, generator=generator).to(dtype)
+    x[:, 3] *= 100
+    for q in (
+        replace(plain, order=order),
+        QTensor(fitted.codes, fitted.scale, None, None, TensorSpec("quantile4", Blocks(1, 32)), levels),
+        with_outliers(plain, 2, 0),
+        replace(with_outliers(plain, 2, 0), order=order),
+    ):
+        for rows in (1, 7):
+            assert error(interpret(q, "dense", x[:rows], None), x[:rows], q.dequantize(), None) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_numbers_stay_visible(dtype: torch.dtype) -> None:
+    q = random_weight((20, 200), TensorSpec("e2m1", Blocks(1, 32)), 0)
+    q.codes[q.codes == q.spec.numbers().zero_code] = 0  # no weight is 0, so that none hides an infinity
+    for rows in (1, 8, 20):
+        x = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x[0, 150] = float("nan")
+        x[-1, 7] = float("inf")
+        y = interpret(q, "dense", x, None)
+        assert y[0].isnan().all() and not y[-1].isfinite().any()
+        assert y[1:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_give_the_bias(dtype: torch.dtype) -> None:
+    q = random_weight((20, 96), TensorSpec("uint4", Blocks(1, 32), True), 0)
+    tensors, spec = packed(q, "dense")
+    bias = torch.arange(20.0)
+    with interpreted():
+        run = launch.bind(tensors, spec)
+        for shape in ((1, 96), (9, 96), (0, 96), (2, 0, 96), (2, 3, 96)):
+            y = run(torch.zeros(shape, dtype=dtype), tensors, bias)
+            assert torch.equal(y, bias.to(dtype).expand(*shape[:-1], 20))
+
+
+def test_inputs_of_any_shape_and_stride() -> None:
+    q = random_weight((24, 64), TensorSpec("nf4", Blocks(1, 32)), 0)
+    x = torch.randn(64, 3, 5, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0)
+    for view in (x, x[::2], x[:, :1].expand(-1, 4, -1)):
+        torch.testing.assert_close(interpret(q, "dense", view, None), view @ q.dequantize().T)
+
+
+@pytest.mark.parametrize("grid", ["e4m3", "e5m2ieee", "ue2m2", "e5m2", "dyn8", "e1m6b5", "e2m1b40"])
+def test_every_float16_level_is_exact_or_the_grid_is_declined(grid: str) -> None:
+    q = random_weight((16, 32), TensorSpec(grid, Blocks(1, 32)), 0)
+    assert launch.fits(q.spec.numbers(), torch.float16)
+    x = torch.eye(32)
+    y = interpret(replace(q, scale=torch.full((16, 1), 2.0**-7)), "bytes", x, None)
+    assert torch.equal(y.T, q.spec.numbers().decode(q.codes) * 2.0**-7)
+    assert_near(interpret(q, "bytes", x.half(), None), x.half(), q, None)
+
+
+def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = random_weight((16, 64), TensorSpec("int4", Blocks(1, 32)), 0)
+    _, spec = packed(q, "dense")
+    seen = Scheme(q.spec, InputSpec(TensorSpec("int8", Blocks(1, -1))))
+    twice = TensorSpec(
+        "nf4", Blocks(1, 32), False, TensorSpec("dyn8", Blocks(1, 8), False, TensorSpec("e4m3", Blocks(1, 8)))
+    )
+    wide = replace(spec, scheme=Scheme(TensorSpec("e6m1", Blocks(1, 32))))
+    half, new = torch.float16, (9, 0)
+    assert gpu.why_not(spec, half, new) is None and gpu.why_not(wide, torch.bfloat16, new) is None
+    for text, asked, dtype, capability in (
+        ("quantizes its input", PackedSpec("dense", (16, 64), seen, spec.names), half, new),
+        ("not torch.float64", spec, torch.float64, new),
+        ("layouts bytes and dense", replace(spec, layout="tiles"), half, new),
+        ("once, not twice", replace(spec, scheme=Scheme(twice)), half, new),
+        ("this GPU has 7.5", spec, half, (7, 5)),
+        ("e6m1 do not fit into float16", wide, half, new),
+    ):
+        assert text in str(gpu.why_not(asked, dtype, capability))
+    assert declined(spec, torch.device("cpu"), half)["triton"] == "triton: is for cuda, the weight is on cpu"
+    monkeypatch.setattr(gpu, "missing", lambda: "triton is not installed: pip install hfquant[triton]")
+    assert "pip install hfquant[triton]" in str(gpu.why_not(spec, half, new))
+    assert isinstance(gpu.KERNEL, Kernel) and gpu.KERNEL.priority > 0
+
+
+@pytest.mark.parametrize("name", ["codes", "scale", "zero"])
+def test_tensors_that_are_too_short_are_refused(name: str) -> None:
+    """A kernel reads what it is told to."""
+    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
+    tensors, spec = packed(q, "dense")
+    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
+    with pytest.raises(FormatError, match="the checkpoint is damaged"):
+        gpu.run(torch.ones(1, 64), tensors, None, spec)
+
+
+def test_damaged_codes_read_no_memory_of_others() -> None:
+    q = random_weight((16, 64), TensorSpec("int4", Blocks(1, 32)), 0)
+    q.codes.fill_(255)
+    for grid in ("nf4", "e2m1", "int4", "dyn3"):
+        assert interpret(replace(q, spec=TensorSpec(grid, Blocks(1, 32))), "bytes", torch.ones(2, 64), None).shape == (
+            2,
+            16,
+        )
