@@ -9,8 +9,11 @@ from torch import Tensor
 
 from .cpu import why_not_int
 from .gpu import DTYPES, LAYOUTS, OLDEST, missing
+from .grids import FloatGrid, IntGrid
 from .kernel import Kernel
-from .spec import PackedSpec
+from .spec import PackedSpec, TensorSpec
+
+SMALLEST_GROUP = 32  # columns that a matrix instruction adds up
 
 
 def why_not_gpu(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
@@ -40,5 +43,40 @@ def run_int8(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedS
     return y
 
 
+def why_not_levels(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Reason why the kernel for levels cannot run a weight, or None."""
+    if reason := why_not_gpu(spec, dtype, capability):
+        return reason
+    if spec.layout not in (*LAYOUTS, "float8"):
+        return f"reads layouts {', '.join(LAYOUTS)} and float8, the weight has {spec.layout!r}"
+    weight, given = spec.scheme.weight, spec.scheme.input
+    assert given is not None
+    seen = given.tensor
+    if not all(isinstance(tensor.numbers(), IntGrid | FloatGrid) for tensor in (weight, seen)):
+        return f"multiplies integers and floating-point numbers, this layer {weight.grid} and {seen.grid}"
+    if weight.zero or seen.zero:
+        return "multiplies numbers without zero points"
+    if isinstance(weight.scale, TensorSpec) or (given.dynamic and seen.scale != "float32"):
+        return "has float32 scales for inputs, and scales of weights that are not quantized themselves"
+    if spec.outliers or given.split is not None:
+        return "keeps no columns of inputs in floating point"
+    if seen.blocks.rows not in (1, -1) or (seen.blocks.rows == -1 and seen.blocks.cols != -1):
+        return "multiplies inputs with scales for tokens, groups of their columns, or all"
+    groups = [blocks.sides(spec.shape)[1] for blocks in (weight.blocks, seen.blocks)]
+    groups = [group for group in groups if group < spec.shape[1]]
+    if any(group < SMALLEST_GROUP or group & (group - 1) for group in groups):
+        return f"has scales for groups of {SMALLEST_GROUP} columns or a larger power of two, this layer {groups}"
+    if "order" in spec.names and seen.blocks.sides(spec.shape)[1] < spec.shape[1]:
+        return "does not quantize groups of columns that are stored in another order"
+    return None
+
+
+def run_levels(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`, levels multiplied exactly, sums in float32."""
+    y: Tensor = import_module("hfquant.kernels.triton.levels").run(x, packed, bias, spec)
+    return y
+
+
 INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=20)
-KERNELS = (INT8,)
+LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=15)
+KERNELS = (INT8, LEVELS)
