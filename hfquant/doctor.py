@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from . import cpu
+from . import cpu, gpu
 from .backend import backends
 from .build import NoCompilerError, cpu_folder, cpu_library, digest, find_compiler, read_record
 from .kernel import KERNELS
@@ -132,6 +132,9 @@ def _devices() -> Iterator[Check]:
 def _kernels() -> Iterator[Check]:
     for device in devices():
         names = [name for name in KERNELS.names() if KERNELS.get(name).device in ("*", device)]
+        if device == "cuda" and (reason := gpu.missing()):
+            yield Check("kernels", device, NOTE, reason)
+            continue
         fast = [name for name in names if name != "reference"]
         if fast:
             yield Check("kernels", device, OK, ", ".join(names))

@@ -65,4 +65,9 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     return launcher().bind(packed, spec)
 
 
-KERNEL = Kernel("triton", "*", "cuda", run, why_not, priority=10, bind=bind)
+def input_grad(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:
+    """Gradient [..., K] of the input: grad [..., N] @ W in the dtype of `grad`."""
+    return launcher().gradient(grad, packed, spec)
+
+
+KERNEL = Kernel("triton", "*", "cuda", run, why_not, priority=10, bind=bind, input_grad=input_grad)

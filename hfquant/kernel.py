@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import reference
 from .errors import UnsupportedError
-from .hadamard import hadamard
-from .spec import PackedSpec
+from .hadamard import hadamard, inverse_hadamard
+from .spec import PackedSpec, Scheme
 from .tables import Table
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Tensor, list[Tensor], Tensor | None, PackedSpec], Tensor]
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 """(x, packed, bias) -> y for one packed weight."""
+InputGrad = Callable[[Tensor, list[Tensor], PackedSpec], Tensor]
 WhyNot = Callable[[PackedSpec, torch.dtype, tuple[int, int] | None], str | None]
 
 
@@ -39,7 +40,8 @@ class Kernel:
     y [..., N]. `why_not(spec, dtype, capability)` gives the reason why it cannot, or None; `capability` is the CUDA
     compute capability or None. The kernel with the highest `priority` that does not decline is used. Kernels know
     nothing of rotated weights: their input is rotated before `run`. `bind(packed, spec)` may do once what `run` does at
-    every call for the same tensors; what it returns must not keep them alive.
+    every call for the same tensors; what it returns must not keep them alive. `input_grad(grad, packed, spec)` computes
+    grad [..., N] @ W; without one, the reference kernel does.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Kernel:
     why_not: WhyNot = _always
     priority: int = 0
     bind: Callable[[list[Tensor], PackedSpec], Bound] | None = None
+    input_grad: InputGrad | None = None
 
 
 KERNELS: Table[Kernel] = Table("kernel")
@@ -86,6 +89,27 @@ def run_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, key: str) -
     if not spec.rotated or kernel is REFERENCE:
         return kernel.run(x, packed, bias, spec)
     return kernel.run(rotate(x, spec), packed, bias, replace(spec, rotated=False)).to(x.dtype)
+
+
+def run_input_grad(grad: Tensor, packed: list[Tensor], key: str) -> Tensor:
+    """Gradient [..., K] of the input of a quantized linear layer; `grad` [..., N] is that of its output.
+
+    Quantization of the input counts as identity, so that of the weight alone decides which kernel can. Inside of
+    `use_kernel` the reference stands in for a kernel without gradients.
+    """
+    spec, forced = PackedSpec.parse(key), _forced.get()
+    kernel = choose(_without_input(key), grad.device, grad.dtype)
+    if kernel.input_grad is None or forced not in (None, kernel.name):
+        return reference.input_grad(grad, packed, spec)
+    out = kernel.input_grad(grad, packed, replace(spec, rotated=False))
+    return inverse_hadamard(out).to(grad.dtype) if spec.rotated else out
+
+
+@lru_cache(maxsize=4096)
+def _without_input(key: str) -> str:
+    """The key of the same weight in a layer that does not quantize its input."""
+    spec = PackedSpec.parse(key)
+    return replace(spec, scheme=Scheme(spec.scheme.weight)).key()
 
 
 def rotate(x: Tensor, spec: PackedSpec) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .hadamard import inverse_hadamard
-from .kernel import run_linear
+from .kernel import run_input_grad, run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
 
@@ -30,7 +29,7 @@ def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str
 
 
 def _input_grad(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
-    return reference.input_grad(grad, packed, PackedSpec.parse(spec))
+    return run_input_grad(grad, packed, spec)
 
 
 def _input_grad_fake(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from hfquant import cpu, doctor
+from hfquant import cpu, doctor, gpu
 from hfquant.backend import Plugin
 from hfquant.build import LIBRARY, build_library
 from hfquant.doctor import BROKEN, NOTE, OK, Check, check_folder, check_library, check_requirement, examine, is_broken
@@ -95,6 +95,17 @@ def test_an_instruction_set_that_is_not_there_is_broken():
     assert [check.name for check in broken] == ["cpu instructions"]
     assert "HFQUANT_CPU_ISA='nonsense'" in broken[0].detail and "choose from" in broken[0].detail
     assert "scalar" in broken[0].detail
+
+
+def test_a_gpu_without_triton_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(doctor, "devices", lambda: {"cpu": "2 cores", "cuda": "a GPU"})
+    found = {check.name: check for check in examine() if check.topic == "kernels"}
+    assert found["cuda"].state == OK and "triton" in found["cuda"].detail
+    gpu.missing.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {check.name: check for check in examine() if check.topic == "kernels"}
+    assert found["cuda"].state == NOTE and "pip install hfquant[triton]" in found["cuda"].detail
+    gpu.missing.cache_clear()
 
 
 def test_the_library_of_kernels_is_named_with_its_compiler(tmp_path, monkeypatch):

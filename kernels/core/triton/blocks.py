@@ -54,10 +54,19 @@ LINEAR = {
 GATHERED = (Tile(16, 16, 64, 64, 4, 2, True), Tile(64, 64, 64, 64, 8, 2, True), Tile(ANY, 128, 64, 32, 8, 2, False))
 # Without tensor cores a tile is a loop over its columns in registers.
 FLOAT32 = (Tile(16, 16, 32, 32, 4, 2, True), Tile(ANY, 32, 32, 32, 4, 2, False))
+# Gradients: sums over rows, of which there are as many as there are columns in the products above.
+GRAD = (Tile(64, 64, 64, 64, 4, 2, False), Tile(ANY, 128, 64, 64, 8, 2, False))
+GRAD_GATHERED = (Tile(64, 64, 32, 64, 8, 2, False), Tile(ANY, 128, 32, 64, 8, 2, False))
 
 
 def tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
     """The tile for an input of `rows` rows."""
     usual = LINEAR.get(architecture, AMD if architecture.startswith("gfx") else DEFAULT)
     table = FLOAT32 if is_float32 else GATHERED if is_gathered else usual
+    return next(tile for tile in table if rows <= tile.rows)
+
+
+def grad_tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
+    """The tile for a gradient of `rows` rows."""
+    table = FLOAT32 if is_float32 else GRAD_GATHERED if is_gathered else GRAD
     return next(tile for tile in table if rows <= tile.rows)

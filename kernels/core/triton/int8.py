@@ -119,7 +119,7 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     Raises FormatError if there are fewer codes, scales or outlier columns than the shape needs, RuntimeError, as torch
     does, if the shapes do not fit.
     """
-    (n, k), tensors, input = spec.shape, dict(zip(spec.names, packed, strict=True)), spec.scheme.input
+    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
     assert input is not None
     weight = spec.scheme.weight.numbers()
     halves = spec.layout == "dense"
@@ -155,6 +155,11 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     return y.reshape(*x.shape[:-1], n)
 
 
+def named(packed: list[Tensor], spec: PackedSpec) -> dict[str, Tensor]:
+    """Packed tensors by name and without gaps: part of a tensor, as each process of several holds it, may have some."""
+    return {name: tensor.contiguous() for name, tensor in zip(spec.names, packed, strict=True)}
+
+
 def rows_of(x: Tensor, k: int) -> Tensor:
     """`x` [..., K] as a matrix whose rows have no gaps inside. Raises RuntimeError for another K."""
     if x.shape[-1] != k:
@@ -164,8 +169,8 @@ def rows_of(x: Tensor, k: int) -> Tensor:
 
 
 def check(tensors: dict[str, Tensor], needed: dict[str, int]) -> None:
-    """Raises FormatError if a tensor is too short or has gaps: a kernel reads what it is told to."""
+    """Raises FormatError if a tensor is too short: a kernel reads what it is told to."""
     for name, least in needed.items():
-        if name in tensors and (tensors[name].numel() < least or not tensors[name].is_contiguous()):
+        if name in tensors and tensors[name].numel() < least:
             found = tensors[name].numel()
             raise FormatError(f"a packed weight needs {least} {name}, found {found}: the checkpoint is damaged")

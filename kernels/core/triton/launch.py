@@ -18,8 +18,8 @@ from hfquant.grids import grid as named
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec, TensorSpec
 
-from .blocks import Tile, tile_for
-from .weight_only import add_splits, linear
+from .blocks import Tile, grad_tile_for, tile_for
+from .weight_only import add_splits, input_grad, linear
 
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
 CODES = 256  # entries of a lookup table: what a byte can hold, so that damaged codes stay inside
@@ -136,11 +136,10 @@ def shape_of(spec: PackedSpec) -> Shape:
 def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     """(x, packed, bias) -> y for one weight. Raises FormatError if there are fewer codes or scales than it needs."""
     check(dict(zip(spec.names, packed, strict=True)), spec)
-    names = {name: place for place, name in enumerate(spec.names)}
     fitted: dict[torch.dtype, Tensor] = {}
 
     def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
-        tensors = {name: packed[place] for name, place in names.items()}
+        tensors = dict(zip(spec.names, packed, strict=True))
         if "levels" in tensors and x.dtype not in fitted:
             fitted[x.dtype] = padded(tensors["levels"], x.dtype)
         apart = None
@@ -154,6 +153,20 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
         return y if apart is None else y + apart
 
     return run
+
+
+def gradient(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:
+    """Gradient [..., K] of the input, `grad` [..., N] @ W, of a weight that is not rotated. Raises like `bind`."""
+    tensors = dict(zip(spec.names, packed, strict=True))
+    check(tensors, spec)
+    table = padded(tensors["levels"], grad.dtype) if "levels" in tensors else None
+    out = product_with_weight(grad, tensors, table, spec)
+    if "order" in tensors:
+        out = torch.empty_like(out).index_copy_(-1, tensors["order"].long(), out)
+    if spec.outliers:
+        apart = grad @ tensors["outlier_weight"].to(grad.dtype)
+        out.index_copy_(-1, tensors["outlier_index"].long(), apart)
+    return out
 
 
 def check(tensors: dict[str, Tensor], spec: PackedSpec) -> None:
@@ -172,49 +185,98 @@ def check(tensors: dict[str, Tensor], spec: PackedSpec) -> None:
             raise FormatError(f"a packed weight needs {least} {name}, found {found}: the checkpoint is damaged")
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight as the kernels take it: arguments that all of them have, and what tiles depend on."""
+
+    arguments: dict[str, Any]
+    shape: Shape
+    words: bool
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether codes are read one by one, or scales differ inside of any tile."""
+        return not (self.words or self.shape.bits == 8) or columns_of(16, self.shape)[1]
+
+
+def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec, like: Tensor) -> Weight:
+    """The arguments for operands of the dtype and on the device of `like`."""
+    shape, weight = shape_of(spec), spec.scheme.weight
+    how = decoding(weight.grid, like.dtype)
+    if table is None and how.kind == "table":
+        table = table_of(weight.grid, like.dtype, like.device)
+    codes, row_stride = tensors["codes"].contiguous(), shape.row_bytes
+    words = shape.bits == 4 and spec.shape[1] % 8 == 0 and codes.data_ptr() % 4 == 0
+    if words:
+        codes, row_stride = codes.view(torch.int32), row_stride // 4
+    zero = tensors["zero"].contiguous() if "zero" in tensors else None
+    arguments = {"codes": codes, "table": table, "zero": zero, "scale_levels": None, "scale_factors": None}
+    if isinstance(weight.scale, TensorSpec):
+        arguments["scale"] = tensors["scale_codes"].contiguous()
+        arguments["scale_levels"] = table_of(weight.scale.grid, torch.float32, like.device)
+        arguments["scale_factors"] = tensors["scale_scale"].contiguous()
+    else:
+        arguments["scale"] = tensors["scale"].contiguous()
+    arguments |= dict(  # noqa: C408
+        N=spec.shape[0], K=spec.shape[1], row_stride=row_stride, zero_stride=shape.zero_bytes,
+        scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group,
+        BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
+        LEVEL=how.level, GROUP=shape.group, ZERO_BITS=shape.zero_bits, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Weight(arguments, shape, words)
+
+
+def rows_of(x: Tensor, spec: PackedSpec, axis: int) -> Tensor:
+    """`x` [..., L] as a matrix whose rows have no gaps; L is that axis of the weight. Raises RuntimeError, as torch."""
+    if x.shape[-1] != spec.shape[axis]:
+        raise RuntimeError(f"a weight of {spec.shape[0]} x {spec.shape[1]} cannot take a tensor {tuple(x.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def product(
     x: Tensor, tensors: dict[str, Tensor], table: Tensor | None, bias: Tensor | None, spec: PackedSpec
 ) -> Tensor:
     """y [..., N] of `x` [..., K] in the stored order of columns; `table` holds the levels of a fitted grid."""
-    (n, k), shape, weight = spec.shape, shape_of(spec), spec.scheme.weight
-    if x.shape[-1] != k:
-        raise RuntimeError(f"a weight of {n} x {k} cannot take an input of shape {tuple(x.shape)}")
-    rows = x.reshape(-1, k)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    (n, k), rows, found = spec.shape, rows_of(x, spec, 1), hardware(x.device)
     m = rows.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m == 0:
-        return out.reshape(*x.shape[:-1], n)
-    found, how = hardware(x.device), decoding(weight.grid, x.dtype)
-    if table is None and how.kind == "table":
-        table = table_of(weight.grid, x.dtype, x.device)
-    codes, row_stride = tensors["codes"], shape.row_bytes
-    words = shape.bits == 4 and k % 8 == 0 and codes.data_ptr() % 4 == 0
-    gathered = columns_of(128, shape)[1] or not (words or shape.bits == 8)
-    tile = tile_for(found.architecture, m, x.dtype == torch.float32, gathered)
-    columns, inside = columns_of(tile.bk, shape)
-    splits, each = split(tile, columns, m, n, k, found.processors)
-    if words:
-        codes, row_stride = codes.view(torch.int32), row_stride // 4
-    scale: dict[str, Any] = {"scale": tensors.get("scale"), "scale_levels": None, "scale_factors": None}
-    if isinstance(weight.scale, TensorSpec):
-        levels = table_of(weight.scale.grid, torch.float32, x.device)
-        scale = {"scale": tensors["scale_codes"], "scale_levels": levels, "scale_factors": tensors["scale_scale"]}
-    partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
-    with on(x.device):
-        linear[(triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm), splits)](
-            rows, codes, table, tensors.get("zero"), **scale, bias=bias, out=partial,
-            M=m, N=n, K=k, x_stride=rows.stride(0), row_stride=row_stride, zero_stride=shape.zero_bytes,
-            scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group, split_steps=each,
-            BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
-            LEVEL=how.level, GROUP=shape.group, ONE_GROUP=shape.counts[1] == 1, INSIDE=inside,
-            ZERO_BITS=shape.zero_bits, EVEN=k % columns == 0, SPLIT=splits, BM=tile.bm, BN=tile.bn, BK=columns,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        if splits > 1:
-            size = m * n
-            add_splits[(triton.cdiv(size, REDUCED),)](partial, bias, out, size, n, SPLIT=splits, BLOCK=REDUCED)
+    if m:
+        weight = weight_of(tensors, table, spec, x)
+        tile = tile_for(found.architecture, m, x.dtype == torch.float32, weight.is_gathered)
+        columns, inside = columns_of(tile.bk, weight.shape)
+        splits, each = split(tile, columns, m, n, k, found.processors)
+        partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
+        with on(x.device):
+            linear[(triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm), splits)](
+                rows, bias=bias, out=partial, M=m, x_stride=rows.stride(0), split_steps=each, **weight.arguments,
+                ONE_GROUP=weight.shape.counts[1] == 1, INSIDE=inside, EVEN=k % columns == 0, SPLIT=splits,
+                BM=tile.bm, BN=tile.bn, BK=columns, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            if splits > 1:
+                size = m * n
+                add_splits[(triton.cdiv(size, REDUCED),)](
+                    partial, bias, out, size, n, SPLIT=splits, BLOCK=REDUCED, enable_fp_fusion=True
+                )
     return out.reshape(*x.shape[:-1], n)
+
+
+def product_with_weight(grad: Tensor, tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec) -> Tensor:
+    """`grad` [..., N] @ W, [..., K] in the stored order of columns, without outlier columns."""
+    k, rows, found = spec.shape[1], rows_of(grad, spec, 0), hardware(grad.device)
+    m = rows.shape[0]
+    out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
+    if m:
+        weight = weight_of(tensors, table, spec, grad)
+        tile = grad_tile_for(found.architecture, m, grad.dtype == torch.float32, weight.is_gathered)
+        columns, inside = columns_of(tile.bk, weight.shape)
+        with on(grad.device):
+            input_grad[(triton.cdiv(k, columns) * triton.cdiv(m, tile.bm),)](
+                rows, out=out, M=m, grad_stride=rows.stride(0), **weight.arguments, INSIDE=inside,
+                EVEN=k % columns == 0, BM=tile.bm, BN=tile.bn, BK=columns,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return out.reshape(*grad.shape[:-1], k)
 
 
 def columns_of(most: int, shape: Shape) -> tuple[int, bool]:

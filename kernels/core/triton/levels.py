@@ -21,7 +21,7 @@ from hfquant.spec import PackedSpec
 from . import launch
 from .decode import bits_at
 from .inputs import quantize
-from .int8 import bytes_of, check, rows_of
+from .int8 import bytes_of, check, named, rows_of
 from .quantized_tiles import levels_tile
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
@@ -163,7 +163,7 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     Raises FormatError if there are fewer codes or scales than the shape needs, RuntimeError, as torch does, if the
     shapes do not fit.
     """
-    (n, k), tensors, input = spec.shape, dict(zip(spec.names, packed, strict=True)), spec.scheme.input
+    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
     assert input is not None
     weight = spec.scheme.weight
     counts, sides = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape)

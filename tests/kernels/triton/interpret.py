@@ -132,7 +132,9 @@ class Faithful(interpreter.InterpreterBuilder):
 
     def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
         if not is_narrow(lhs):
-            return super().binary_op(lhs, rhs, op)
+            result = super().binary_op(lhs, rhs, op)
+            # A comparison of scalars that is still said to be an integer would become one when it is broadcast.
+            return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
         result = op(widened(lhs), widened(rhs))
         return Handle(result, tl.int1) if result.dtype == np.bool_ else narrowed(result, lhs.dtype.scalar)
 

@@ -71,6 +71,16 @@ def test_batches_strides_and_no_rows() -> None:
     torch.testing.assert_close(y, reference.linear(x, tensors, None, spec))
 
 
+def test_packed_tensors_with_gaps() -> None:
+    tensors, spec = layer("int8", "bytes", (24, 40))
+    apart = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in tensors]
+    assert not apart[0].is_contiguous()
+    x = torch.randn(2, 40)
+    with interpreted():
+        y = gpu_inputs.run_int8(x, apart, None, spec)
+    torch.testing.assert_close(y, reference.linear(x, tensors, None, spec))
+
+
 def test_short_tensors_and_wrong_shapes_are_refused() -> None:
     tensors, spec = layer("int8", "bytes", (24, 40))
     with interpreted(), pytest.raises(RuntimeError, match=r"40 columns cannot take an input of shape \(2, 41\)"):

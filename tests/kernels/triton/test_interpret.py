@@ -53,6 +53,12 @@ def total(x, out, n, N: tl.constexpr):
 
 
 @triton.jit
+def masked_by_a_scalar(x, out, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, tl.load(x + at, mask=n & 3 > 1, other=7))
+
+
+@triton.jit
 def last_program(out):
     tl.store(out, tl.program_id(0))
 
@@ -124,6 +130,14 @@ def test_addresses_outside_of_the_tensors_are_an_error() -> None:
             total[(4,)](x, out, 128, N=32)
         with pytest.raises(AssertionError, match="writes 1 of 1 places outside"):
             total[(4,)](x, out[:3], 100, N=32)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(6, 1), (5, 7)])
+def test_a_comparison_of_scalars_is_a_mask(n: int, expected: int) -> None:
+    x, out = torch.ones(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    with interpreted():
+        masked_by_a_scalar[(1,)](x, out, n, N=8)
+    assert out.tolist() == [expected] * 8
 
 
 def test_memory_that_nobody_wrote_is_nan_and_programs_run_in_either_order() -> None:

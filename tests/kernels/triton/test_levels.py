@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hfquant import gpu_inputs, reference
 from hfquant.blocks import Blocks
+from hfquant.kernel import choose
 from hfquant.kernels.triton import levels
 from hfquant.layouts import unpack_inputs
 from hfquant.qtensor import InputParams, QTensor
@@ -113,6 +114,29 @@ def test_what_it_declines() -> None:
     assert "for tokens" in reason(spec_of(weight, InputSpec(TensorSpec("e2m1", Blocks(8, -1)))))
     assert "layouts bytes, dense and float8" in reason(spec_of(weight, seen, "other"))
     assert "not torch.float64" in reason(spec_of(weight, seen), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("weight", "seen", "layout", "name"),
+    [
+        ("int8", "int8", "bytes", "triton_int8"),
+        ("int4", "int8", "dense", "triton_int8"),
+        ("int4", "e4m3fn", "dense", "triton_levels"),
+        ("e4m3fn", "e4m3fn", "float8", "triton_levels"),
+        ("e2m1", "e2m1", "dense", "triton_levels"),
+        ("nf4", "int8", "dense", "reference"),
+    ],
+)
+def test_which_kernel_is_chosen(
+    weight: str, seen: str, layout: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    token = Blocks(1, -1)
+    spec = spec_of(TensorSpec(weight, token), InputSpec(TensorSpec(seen, token)), layout)
+    for rotated in (False, True):
+        dtype = torch.float32 if rotated else torch.bfloat16
+        chosen = choose.__wrapped__(replace(spec, rotated=rotated).key(), torch.device("cuda"), dtype)
+        assert chosen.name == name
 
 
 def product(rows: int, weight: TensorSpec, layout: str, input: InputSpec, target: str) -> Launch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -12,14 +14,15 @@ from hypothesis import given, settings
 from hfquant import gpu
 from hfquant.blocks import Blocks
 from hfquant.errors import FormatError
-from hfquant.kernel import Kernel, declined
+from hfquant.kernel import KERNELS, Kernel, choose, declined, use_kernel
 from hfquant.kernels.triton import launch
+from hfquant.ops import linear
 from hfquant.qtensor import QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
-from ..problems import BOUND, DTYPES, GRIDS, error, packed, random_weight
+from ..problems import BOUND, DTYPES, GRIDS, SUMS, error, packed, random_weight
 from .interpret import interpreted
-from .products import as_if_on, assert_near, interpret, problems, with_outliers
+from .products import LAST, as_if_on, assert_near, interpret, problems, with_outliers
 
 
 @settings(max_examples=100, deadline=None)
@@ -27,6 +30,56 @@ from .products import as_if_on, assert_near, interpret, problems, with_outliers
 def test_the_product_is_that_of_the_dequantized_weight(problem: tuple) -> None:
     q, layout, x, bias = problem
     assert_near(interpret(q, layout, x, bias), x, q, bias)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_the_gradient_is_the_product_with_the_dequantized_weight(problem: tuple) -> None:
+    q, layout, x, _ = problem
+    tensors, spec = packed(q, layout)
+    seed = torch.Generator().manual_seed(q.shape[0])
+    grad = torch.randn(x.shape[0], q.shape[0], generator=seed).mul(1e-3 if x.dtype == torch.float16 else 1).to(x.dtype)
+    with interpreted():
+        found = gpu.input_grad(grad, tensors, spec)
+    weight = q.dequantize().double()
+    exact, terms = grad.double() @ weight, grad.double().abs() @ weight.abs()
+    # Each weight is rounded once after it was scaled, and a level before, if the dtype does not have it.
+    allowed = (1 + LAST[x.dtype]) ** 3 - 1 + SUMS
+    tiny = torch.finfo(x.dtype).smallest_normal * q.shape[0]
+    assert found.dtype == x.dtype and ((found.double() - exact).abs() <= allowed * terms + tiny).all()
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_training_through_a_layer_takes_the_gradient_of_the_kernel(outliers: int, rotated: bool) -> None:
+    """The kernel stands for "cpu" here, where the tests have their tensors."""
+    q = random_weight((40, 96), TensorSpec("int4", Blocks(1, 32)), 0)
+    q = replace(with_outliers(q, outliers, 0) if outliers else q, rotated=rotated)
+    tensors, spec = packed(q, "dense")
+    key = replace(spec, rotated=rotated).key()
+    x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    here = replace(gpu.KERNEL, name="triton_here", device="cpu", priority=99)
+    upstream = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(launch, "gradient", wraps=launch.gradient) as used, registered(here), interpreted():
+        linear(x, tensors, None, key).backward(upstream)
+        first, x.grad = x.grad, None
+        with use_kernel("reference"):
+            linear(x, tensors, None, key).backward(upstream)
+    assert used.call_count == 1 and first is not None
+    torch.testing.assert_close(first, x.grad, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def registered(kernel: Kernel) -> Iterator[None]:
+    """A kernel in the table for the time of a test."""
+    before = KERNELS.entries()
+    KERNELS.add(kernel.name, kernel, "a test")
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        KERNELS.restore(before)
+        choose.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,6 +150,17 @@ def test_zeros_give_the_bias(dtype: torch.dtype) -> None:
         for shape in ((1, 96), (9, 96), (0, 96), (2, 0, 96), (2, 3, 96)):
             y = run(torch.zeros(shape, dtype=dtype), tensors, bias)
             assert torch.equal(y, bias.to(dtype).expand(*shape[:-1], 20))
+
+
+def test_packed_tensors_of_any_stride() -> None:
+    q = random_weight((24, 64), TensorSpec("uint4", Blocks(1, 16), True, TensorSpec("dyn8", Blocks(1, 16))), 0)
+    tensors, spec = packed(q, "dense")
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    with interpreted():
+        y = launch.bind(tensors, spec)(x, tensors, None)
+        apart = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in tensors]
+        assert not any(tensor.is_contiguous() for tensor in apart)
+        assert torch.equal(y, launch.bind(apart, spec)(x, apart, None))
 
 
 def test_inputs_of_any_shape_and_stride() -> None:

@@ -67,6 +67,19 @@ def test_other_weights_do_not_spill_and_never_convert_integers(name: str) -> Non
         assert dtype == torch.float32 or binary.count(MATRIX[target], binary.loop)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_do_not_spill_and_never_convert_integers(target: str) -> None:
+    gathered = TensorSpec("uint3", Blocks(1, 40), True, "bfloat16")
+    for spec, rows in ((AFFINE, 300), (gathered, 60)):
+        tensors, described = packed(random_weight((1024, 1024), spec, 0), "dense")
+        with as_if_on(target), recording() as recorded:
+            launch.gradient(torch.empty(rows, 1024, dtype=torch.bfloat16), tensors, described)
+        binary = recorded[0].compile(target)
+        assert binary.spilled == 0 and not binary.count(CONVERSION, binary.loop)
+        assert binary.count(MATRIX[target], binary.loop)
+        assert spec is gathered or binary.count(WIDE, binary.loop)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_partial_sums_are_added_without_atomics(target: str) -> None:
     product, sums = launches(target, 1, AFFINE, torch.bfloat16)
