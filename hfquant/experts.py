@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import gpu_experts, ops
 from .errors import UnsupportedError
 from .layouts import unpack
 from .nn import packed_aside
@@ -107,6 +107,12 @@ class QExperts(RoutedExperts):
         count = self._parameters[f"{projection}_{self.specs[projection].names[0]}"].shape[0]  # type: ignore[union-attr]
         stacked = torch.stack([self.qtensor(projection, expert).dequantize(dtype) for expert in range(count)])
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same; all experts of a projection in one launch where a GPU and their weights allow it."""
+        if gpu_experts.can_run(self.keys, hidden_states):
+            return gpu_experts.forward(self, hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
         bias = self._bias_of(projection, expert)
