@@ -26,6 +26,10 @@ def missing() -> str | None:
     """Why there are no Triton kernels here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install hfquant[triton]"
+    try:
+        launcher()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install --upgrade hfquant[triton]"
     return None
 
 

@@ -161,6 +161,9 @@ def test_packed_tensors_of_any_stride() -> None:
         apart = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in tensors]
         assert not any(tensor.is_contiguous() for tensor in apart)
         assert torch.equal(y, launch.bind(apart, spec)(x, apart, None))
+        odd = [torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].reshape(tensor.shape) for tensor in tensors]
+        assert odd[0].is_contiguous() and odd[0].data_ptr() % 4 == 1
+        assert torch.equal(y, launch.bind(odd, spec)(x, odd, None))
 
 
 def test_inputs_of_any_shape_and_stride() -> None:
@@ -200,8 +203,13 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert text in str(gpu.why_not(asked, dtype, capability))
     assert declined(spec, torch.device("cpu"), half)["triton"] == "triton: is for cuda, the weight is on cpu"
-    monkeypatch.setattr(gpu, "missing", lambda: "triton is not installed: pip install hfquant[triton]")
-    assert "pip install hfquant[triton]" in str(gpu.why_not(spec, half, new))
+    gpu.missing.cache_clear()
+    monkeypatch.setattr(gpu, "launcher", mock.Mock(side_effect=ImportError("no symbol")))
+    assert "cannot be imported (no symbol)" in str(gpu.why_not(spec, half, new))
+    gpu.missing.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gpu.why_not(spec, half, new) == "triton is not installed: pip install hfquant[triton]"
+    gpu.missing.cache_clear()
     assert isinstance(gpu.KERNEL, Kernel) and gpu.KERNEL.priority > 0
 
 
