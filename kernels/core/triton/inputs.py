@@ -216,9 +216,9 @@ def outlying(x: Tensor, split: float | None, stored: Tensor | None) -> Outlying 
     count = torch.zeros(1, dtype=torch.int32, device=x.device)
     high = min(64, triton.next_power_of_2(rows))
     mark_kernel[(triton.cdiv(rows, high), triton.cdiv(columns, 64))](
-        x, keep, rows, columns, split, x.stride(0), ROWS=high, COLUMNS=64
+        x, keep, rows, columns, split, x.stride(0), ROWS=high, COLUMNS=64, enable_fp_fusion=False
     )
-    list_kernel[(1,)](keep, index, count, columns, COLUMNS=1024, num_warps=8)
+    list_kernel[(1,)](keep, index, count, columns, COLUMNS=1024, num_warps=8, enable_fp_fusion=False)
     return Outlying(keep, index, count)
 
 
@@ -259,11 +259,14 @@ def quantize(
         mode = "static"
     elif whole:
         mode, given = "peak", torch.zeros(1, dtype=torch.int32, device=x.device)
-        peak_kernel[(triton.cdiv(rows, high),)](x, given, rows, columns, x.stride(0), ROWS=high, COLUMNS=block)
+        peak_kernel[(triton.cdiv(rows, high),)](
+            x, given, rows, columns, x.stride(0), ROWS=high, COLUMNS=block, enable_fp_fusion=False
+        )
     quantize_kernel[(triton.cdiv(rows, high) * groups,)](
         x, keep, given, codes, scale, total, rows, columns, width, groups, x.stride(0), padded, padded // 2,
         MODE=mode, STORE=store, LOW=float(grid.levels()[0]) * shift, TOP=grid.top, E=e, M=m, SHIFT=shift,
         KEEP=keep is not None, PLANES=planes, SUMS=sums, ONCE=block >= width, ROWS=high, COLUMNS=block,
         num_warps=min(8, max(1, high * block // 512)),  # 16 bytes of 16-bit numbers a thread, on AMD, too
+        enable_fp_fusion=False,
     )  # fmt: skip
     return Quantized(codes, scale, total)

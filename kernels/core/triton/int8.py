@@ -150,7 +150,7 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
                 rows.shape[0], n, k, spec.outliers, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes,
                 rows.stride(0), HALVES=halves, LOW=low, OFFSET=offset, SPLIT=apart.index is not None,
                 STORED=stored is not None, STEP=COLUMNS, BM=tile.bm, BN=tile.bn, BK=tile.bk // 2 if halves else tile.bk,
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
 

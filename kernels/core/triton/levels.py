@@ -201,5 +201,6 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
             m, n, k, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes, seen.scale.shape[1], counts[1],
             sides[0], A_TYPE=a_type, B_TYPE=b_type, BITS=bits, **how, OUTSIDE=outside, A_GROUP=a_group, B_GROUP=b_group,
             HALVES=halves, BM=tile.bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
