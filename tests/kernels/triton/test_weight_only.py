@@ -93,11 +93,11 @@ def test_errors_of_every_grid(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [64, 40, -1])
+@pytest.mark.parametrize("group", [64, 40])
 def test_columns_are_split_among_programs_and_summed_in_one_order(dtype: torch.dtype, group: int) -> None:
     """However the programs are scheduled, results are equal to the last bit."""
-    q = random_weight((40, 1500), TensorSpec("uint4", Blocks(1, group), True), 0)
-    x = torch.randn(3, 1500, generator=torch.Generator().manual_seed(1)).to(dtype)
+    q = random_weight((40, 1100), TensorSpec("uint4", Blocks(1, group), True), 0)
+    x = torch.randn(3, 1100, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(40, generator=torch.Generator().manual_seed(2))
     added = mock.MagicMock()
     added.__getitem__.side_effect = launch.add_splits.__getitem__

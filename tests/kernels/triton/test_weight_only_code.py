@@ -70,7 +70,7 @@ def test_other_weights_do_not_spill_and_never_convert_integers(name: str) -> Non
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients_do_not_spill_and_never_convert_integers(target: str) -> None:
     gathered = TensorSpec("uint3", Blocks(1, 40), True, "bfloat16")
-    for spec, rows in ((AFFINE, 300), (gathered, 60)):
+    for spec, rows in ((AFFINE, 300), (gathered, 60)) if target in ("sm_100", "gfx942") else ((AFFINE, 300),):
         tensors, described = packed(random_weight((1024, 1024), spec, 0), "dense")
         with as_if_on(target), recording() as recorded:
             launch.gradient(torch.empty(rows, 1024, dtype=torch.bfloat16), tensors, described)
