@@ -41,7 +41,7 @@ def test_products(data: st.DataObject) -> None:
     draw = data.draw
     count, top, tokens = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 9, 40]))
     shape = draw(st.integers(1, 70)), draw(st.sampled_from([16, 40, 61, 128, 192]))
-    grid = draw(st.sampled_from(GRIDS))
+    grid = draw(st.one_of(st.sampled_from(["uint3", "uint4", "uint8"]), st.sampled_from(GRIDS)))
     blocks = Blocks(draw(st.sampled_from([1, 16, -1])), draw(st.sampled_from([-1, 16, 32, 64])))
     how: Any = draw(st.sampled_from(["float32", "bfloat16", TensorSpec("dyn8", Blocks(1, 64))]))
     spec = TensorSpec(grid, blocks, grid.startswith("uint") and draw(st.booleans()), how)
