@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import gpu_experts, ops
 from .binding import Bindings, is_plain
 from .errors import UnsupportedError
 from .layouts import unpack
@@ -113,7 +113,9 @@ class QExperts(RoutedExperts):
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As of `RoutedExperts`; a few tokens at a time take two calls of the kernel for all their experts."""
+        """As of `RoutedExperts`, all experts of a projection at once: those of a few tokens on a CPU, any on a GPU."""
+        if gpu_experts.can_run(self.keys, hidden_states):
+            return gpu_experts.forward(self, hidden_states, top_k_index, top_k_weights)
         if is_plain(hidden_states) and 0 < top_k_index.numel() <= AT_ONCE:
             out = self._at_once(hidden_states, top_k_index, top_k_weights)
             if out is not None:

@@ -17,6 +17,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = codes.shape[-1]
     if bits == 8:
         return codes.contiguous()
+    if codes.is_meta:  # most of a model's loading time would go into finding out what this comes to
+        return codes.new_empty(*codes.shape[:-1], packed_width(count, bits))
     if bits == 4:
         pairs = _words(_pad_to(codes, 2), torch.int16)
         return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)  # what is above the lowest byte is cut off

@@ -28,7 +28,13 @@ Handle = interpreter.TensorHandle
 LANGUAGE = types.SimpleNamespace(
     __globals__={"tl": tl, "core": tl.core}
 )  # the modules to patch, as a function has them
-NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+NARROW = {
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
 WORDS = {2: (torch.uint16, np.uint16), 1: (torch.uint8, np.uint8)}
 
 

@@ -1,0 +1,176 @@
+"""y = x W^T + b for integer weights and inputs: exact sums, and columns that take part in floating point."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hfquant.errors import FormatError
+from hfquant.packing import packed_width
+from hfquant.spec import PackedSpec
+
+from . import launch
+from .inputs import Outlying, outlying, quantize
+from .quantized_tiles import int8_tile
+
+COLUMNS = 32  # of one step over columns in floating point
+
+
+@triton.jit
+def _product(a, b, sums, dtype: tl.constexpr):
+    """sums + a b for operands of a 16-bit dtype, or in float32 without rounding them."""
+    if dtype == tl.float32:
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    else:
+        sums = tl.dot(a, b, sums)
+    return sums
+
+
+@triton.jit
+def bytes_of(words):
+    """The four bytes of each of `words` [R, W] int32, low ones first: [R, 4 W] int8."""
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1] * 4))
+
+
+@triton.jit
+def int8_kernel(
+    a, a_scale, a_sum, codes, words, scale, x, index, count, stored_index, stored_weight, bias, y,
+    M, N, K, stored, a_stride, half, row_bytes, x_stride,
+    HALVES: tl.constexpr, LOW: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, STORED: tl.constexpr,
+    STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of `y` [M, N].
+
+    `a` [M, a_stride] int8, `a_scale` [M] float32 and `a_sum` [M] int32 are the quantized input. A byte of `codes` [N,
+    row_bytes] becomes an int8 by turning its first bit over, which is the level that it stands for less OFFSET; `words`
+    are the same bytes, four at once, which takes a fraction of the instructions, or None. With HALVES a byte holds two
+    codes of 4 bits, which become the upper halves of int8, 16 times the levels; the input then has its even columns
+    first and its odd ones from `half` on. `scale` [N]. Columns in floating point: the first `count` in `index` (SPLIT)
+    with `x` [M, K] and levels, code + LOW; those in `stored_index` [stored] (STORED) with `x` and `stored_weight` [N,
+    stored].
+    """
+    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    token = tl.where(m < M, m, 0)  # rows that do not exist are read as the first one and not written
+    row = tl.where(n < N, n, 0)
+    at = tl.arange(0, BK)
+    a_tile = a + token.to(tl.int64)[:, None] * a_stride + at[None, :]
+    b_row = row.to(tl.int64)[:, None] * row_bytes
+    sums = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, row_bytes, BK):
+        inside = at < row_bytes - start
+        if words is not None:
+            place = start // 4 + tl.arange(0, BK // 4)
+            four = tl.load(words + (b_row // 4 + place[None, :]), mask=(place < row_bytes // 4)[None, :], other=0)
+            first = bytes_of((((four << 4) & -0xF0F0F10) if HALVES else four) ^ -0x7F7F7F80)
+            second = bytes_of((four & -0xF0F0F10) ^ -0x7F7F7F80) if HALVES else first
+        else:
+            byte = tl.load(codes + b_row + (start + at)[None, :], mask=inside[None, :], other=0)
+            first = ((byte << 4 if HALVES else byte) ^ 0x80).to(tl.int8, bitcast=True)
+            second = ((byte & 0xF0) ^ 0x80).to(tl.int8, bitcast=True) if HALVES else first
+        value = tl.load(a_tile + start, mask=inside[None, :], other=0)
+        sums = tl.dot(value, tl.trans(first), sums)
+        if HALVES:
+            value = tl.load(a_tile + half + start, mask=(at < K // 2 - start)[None, :], other=0)
+            sums = tl.dot(value, tl.trans(second), sums)
+    if OFFSET != 0:
+        sums += tl.load(a_sum + token)[:, None] * OFFSET
+    total = sums.to(tl.float32) * (tl.load(a_scale + token) * (0.0625 if HALVES else 1.0))[:, None]
+    dtype: tl.constexpr = x.dtype.element_ty
+    x_tile = x + token.to(tl.int64)[:, None] * x_stride
+    part = tl.arange(0, STEP)
+    if SPLIT:
+        found = tl.load(count)
+        for start in range(0, found, STEP):
+            there = part < found - start
+            column = tl.load(index + start + part, mask=there, other=0)
+            value = tl.load(x_tile + column[None, :], mask=there[None, :], other=0.0)
+            place = column // 2 if HALVES else column
+            byte = tl.load(codes + row.to(tl.int64)[None, :] * row_bytes + place[:, None]).to(tl.int32)
+            code = (byte >> ((column % 2) * 4)[:, None]) & 15 if HALVES else byte
+            level = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - LOW)
+            total = _product(value, level.to(dtype), total, dtype)
+    total *= tl.load(scale + row).to(tl.float32)[None, :]
+    if STORED:
+        same: tl.constexpr = dtype if stored_weight.dtype.element_ty == dtype else tl.float32
+        for start in range(0, stored, STEP):
+            there = part < stored - start
+            column = tl.load(stored_index + start + part, mask=there, other=0)
+            value = tl.load(x_tile + column[None, :], mask=there[None, :], other=0.0)
+            kept = stored_weight + row.to(tl.int64)[None, :] * stored + (start + part)[:, None]
+            weight = tl.load(kept, mask=there[:, None], other=0.0)
+            total = _product(value.to(same), weight.to(same), total, same)
+    if bias is not None:
+        total += tl.load(bias + row).to(tl.float32)[None, :]
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] in the dtype of `x` [..., K].
+
+    Raises FormatError if there are fewer codes, scales or outlier columns than the shape needs, RuntimeError, as torch
+    does, if the shapes do not fit.
+    """
+    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
+    assert input is not None
+    weight = spec.scheme.weight.numbers()
+    halves = spec.layout == "dense"
+    row_bytes = packed_width(k, 4 if halves else 8)
+    needed = {"codes": n * row_bytes, "scale": n, "order": k, "input_scale": 1}
+    needed |= {"outlier_index": spec.outliers, "outlier_weight": n * spec.outliers}
+    check(tensors, needed)
+    rows = rows_of(x, k)
+    if "order" in tensors:
+        rows = rows.index_select(-1, tensors["order"])
+    y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
+    if rows.shape[0]:
+        low = int(weight.levels()[0])
+        offset = 16 * (low + 8) if halves else low + 128
+        stored = tensors.get("outlier_index")
+        with launch.on(x.device):
+            apart = outlying(rows, input.split, stored) or Outlying(None)
+            seen = quantize(
+                rows, input.tensor.numbers(), "int8", given=tensors.get("input_scale"), keep=apart.keep,
+                planes=halves, sums=offset != 0,
+            )  # fmt: skip
+            tile = int8_tile(launch.hardware(x.device).architecture, rows.shape[0])
+            codes = tensors["codes"]
+            words = codes.view(torch.int32) if row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0 else None
+            int8_kernel[(triton.cdiv(n, tile.bn) * triton.cdiv(rows.shape[0], tile.bm),)](
+                seen.codes, seen.scale, seen.sums, codes, words, tensors["scale"], rows, apart.index, apart.count,
+                stored, tensors.get("outlier_weight"), bias, y,
+                rows.shape[0], n, k, spec.outliers, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes,
+                rows.stride(0), HALVES=halves, LOW=low, OFFSET=offset, SPLIT=apart.index is not None,
+                STORED=stored is not None, STEP=COLUMNS, BM=tile.bm, BN=tile.bn, BK=tile.bk // 2 if halves else tile.bk,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return y.reshape(*x.shape[:-1], n)
+
+
+def named(packed: list[Tensor], spec: PackedSpec) -> dict[str, Tensor]:
+    """Packed tensors by name and without gaps: part of a tensor, as each process of several holds it, may have some."""
+    return {name: tensor.contiguous() for name, tensor in zip(spec.names, packed, strict=True)}
+
+
+def rows_of(x: Tensor, k: int) -> Tensor:
+    """`x` [..., K] as a matrix whose rows have no gaps inside. Raises RuntimeError for another K."""
+    if x.shape[-1] != k:
+        raise RuntimeError(f"a weight with {k} columns cannot take an input of shape {tuple(x.shape)}")
+    rows = x.reshape(-1, k)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def check(tensors: dict[str, Tensor], needed: dict[str, int]) -> None:
+    """Raises FormatError if a tensor is too short: a kernel reads what it is told to."""
+    for name, least in needed.items():
+        if name in tensors and tensors[name].numel() < least:
+            found = tensors[name].numel()
+            raise FormatError(f"a packed weight needs {least} {name}, found {found}: the checkpoint is damaged")
