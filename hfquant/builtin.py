@@ -5,10 +5,8 @@ from __future__ import annotations
 from . import (
     codebooks,
     columns,
-    cpu_dequantize,
-    cpu_rounding,
+    cpu,
     gpu,
-    gpu_inputs,
     input_ranges,
     layouts,
     presets,
@@ -27,7 +25,7 @@ CORE = Backend(
     "core",
     grids=codebooks.BUILTIN,
     layouts=layouts.BUILTIN,
-    kernels=(REFERENCE, cpu_dequantize.KERNEL, gpu.KERNEL, *gpu_inputs.KERNELS),
+    kernels=(REFERENCE, cpu.KERNEL, *gpu.KERNELS),
     ranges={**ranges.BUILTIN, **weighted_ranges.BUILTIN},
     input_ranges=input_ranges.BUILTIN,
     rounders=rounders.BUILTIN,
@@ -37,4 +35,4 @@ CORE = Backend(
 )
 
 register(CORE, "hfquant")
-ROUNDINGS.add(cpu_rounding.ROUNDING.name, cpu_rounding.ROUNDING, "hfquant")
+ROUNDINGS.add(cpu.ROUNDING.name, cpu.ROUNDING, "hfquant")

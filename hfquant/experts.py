@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import gpu_experts, ops
+from . import ops
 from .binding import Bindings, is_plain
 from .errors import UnsupportedError
+from .gpu import experts as gpu_experts
 from .layouts import unpack
 from .nn import packed_aside
 from .qtensor import QTensor

@@ -22,7 +22,8 @@ from hfquant import cpu
 from hfquant.blocks import Blocks
 from hfquant.build import LIBRARY as FILE
 from hfquant.build import Build, build_library, cpu_folder, find_compiler
-from hfquant.cpu_inputs import MOST_COLUMNS
+from hfquant.cpu import linear
+from hfquant.cpu.inputs import MOST_COLUMNS
 from hfquant.errors import UnsupportedError
 from hfquant.qtensor import QTensor
 from hfquant.spec import InputSpec, PackedSpec, TensorSpec
@@ -72,7 +73,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> cpu.Library:
 @pytest.fixture(scope="module", autouse=True)
 def in_use(emulated: cpu.Library) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "library", lambda: emulated)
+        patch.setattr(linear, "library", lambda: emulated)
         yield
 
 

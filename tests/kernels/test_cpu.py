@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from hfquant import cpu
 from hfquant.blocks import Blocks
+from hfquant.cpu import linear
 from hfquant.errors import FormatError, UnsupportedError
 from hfquant.kernel import KERNELS, choose, declined
 from hfquant.layouts import unpack
@@ -150,7 +151,7 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for text, (asked, dtype) in cases.items():
         assert text in str(declined(asked, device, dtype)["cpu"])
-    monkeypatch.setattr(cpu, "library", lambda: "the library is not built")
+    monkeypatch.setattr(linear, "library", lambda: "the library is not built")
     assert declined(spec, device, torch.float32)["cpu"] == "cpu: the library is not built"
     assert "cpu" in KERNELS
 

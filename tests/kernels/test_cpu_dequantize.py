@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hfquant import cpu, ops
 from hfquant.blocks import Blocks
-from hfquant.cpu_dequantize import columns
+from hfquant.cpu.dequantize import columns
 from hfquant.errors import FormatError
 from hfquant.kernel import columns_of, use_kernel
 from hfquant.layouts import unpack

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hfquant import HfQuantConfig, cpu, explain, reference, use_kernel
 from hfquant.blocks import Blocks
-from hfquant.cpu_inputs import describe_input
+from hfquant.cpu.inputs import describe_input
 from hfquant.errors import FormatError
 from hfquant.grids import Grid, grid
 from hfquant.layouts import LAYOUTS, Bytes

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hfquant import HfQuantConfig, cpu, explain, reference, use_kernel
 from hfquant.blocks import Blocks
-from hfquant.cpu_inputs import MOST_COLUMNS, why_not_integers
+from hfquant.cpu.inputs import MOST_COLUMNS, why_not_integers
 from hfquant.errors import FormatError
 from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec

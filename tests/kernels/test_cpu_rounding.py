@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfquant import compiled, cpu, cpu_rounding
+from hfquant import compiled, cpu
 from hfquant.blocks import Blocks
 from hfquant.codebooks import FittedGrid
 from hfquant.compiled import ROUNDINGS, Parameters
+from hfquant.cpu import rounding
 from hfquant.grids import GRIDS, Codebook, Grid, IntGrid, by_pattern, grid
 from hfquant.kernel import use_kernel
 from hfquant.ranges import RANGES, Params
@@ -32,7 +33,7 @@ ISAS = LIBRARY.isas()
 UNSIGNED = ("ue2m2", "ue1m2", "ue4m4", "ue3m0", "e3m0b2", "e5m2", "e6m1", "e7m0", "e1m6")
 FITTED = (-3.0, -1.0, -0.25, 0.0, 1e-30, 0.5, 2.0)  # any count of levels
 NAMES = (*PATTERNS, *UNSIGNED, *(name for name in GRIDS.names() if not isinstance(grid(name), FittedGrid)))
-CPU = cpu_rounding.ROUNDING
+CPU = cpu.ROUNDING
 
 
 def numbers(grid: Grid, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -186,7 +187,7 @@ def test_what_it_declines_it_says_why_and_torch_does(x: Tensor, to: Grid, text: 
 def test_without_the_library_torch_does(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
     x = torch.ones(2, 2)
     assert CPU.why_not(x, IntGrid(4), "codes") is None
-    monkeypatch.setattr(cpu_rounding, "library", lambda: "the library is not built")
+    monkeypatch.setattr(rounding, "library", lambda: "the library is not built")
     assert CPU.why_not(x, IntGrid(4), "codes") == "the library is not built"
     assert to_nearest(x, whole(x, IntGrid(4))).codes.tolist() == [[9, 9], [9, 9]]
     assert not taken

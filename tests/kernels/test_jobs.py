@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfquant import cpu
 from hfquant.blocks import Blocks
-from hfquant.jobs import Direct, run_jobs
+from hfquant.cpu.jobs import Direct, run_jobs
 from hfquant.kernel import Bound
 from hfquant.spec import TensorSpec
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant import gpu_experts
 from hfquant.blocks import Blocks
+from hfquant.gpu import experts as gpu_experts
 from hfquant.kernel import choose, use_kernel
 from hfquant.kernels.triton import grouped
 from hfquant.spec import PackedSpec, TensorSpec

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant import gpu_inputs, reference
+from hfquant import reference
 from hfquant.blocks import Blocks
 from hfquant.errors import FormatError
+from hfquant.gpu import inputs as gpu_inputs
 from hfquant.kernels.triton import int8
 from hfquant.layouts import unpack_inputs
 from hfquant.qtensor import Outliers

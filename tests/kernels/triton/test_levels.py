@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant import gpu_inputs, reference
+from hfquant import reference
 from hfquant.blocks import Blocks
+from hfquant.gpu import inputs as gpu_inputs
 from hfquant.kernel import choose
 from hfquant.kernels.triton import levels
 from hfquant.layouts import unpack_inputs

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from hfquant import gpu
 from hfquant.blocks import Blocks
 from hfquant.errors import FormatError
+from hfquant.gpu import weight_only as gpu
 from hfquant.kernel import KERNELS, Kernel, choose, declined, use_kernel
 from hfquant.kernels.triton import launch
 from hfquant.ops import linear

@@ -9,10 +9,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .compiled import Parameters, Rounding
-from .cpu import KERNEL, TYPES, Library, library
-from .grids import FloatGrid, Grid, IntGrid, thresholds
-from .kernel import forced_kernel
+from ..compiled import Parameters, Rounding
+from ..grids import FloatGrid, Grid, IntGrid, thresholds
+from ..kernel import forced_kernel
+from .native import NAME, Library, library
+from .types import TYPES
 
 
 class Described(ctypes.Structure):
@@ -37,7 +38,7 @@ def why_not(x: Tensor, grid: Grid, what: str) -> str | None:
         return f"knows how the grids of the core round, {grid.name} has a way of its own"
     if what == "values" and isinstance(grid, FloatGrid) and grid.size > _SMALL:
         return "searches for the levels of a floating-point grid, which torch finds by arithmetic"
-    if forced_kernel() not in (None, KERNEL.name):
+    if forced_kernel() not in (None, NAME):
         return f"kernel {forced_kernel()!r} was asked for"
     found = library()
     return found if isinstance(found, str) else None
@@ -85,4 +86,4 @@ def _tables(grid: Grid) -> tuple[Tensor, Tensor | None]:
     return grid.levels().cpu(), None if isinstance(grid, IntGrid) else thresholds(grid).cpu()
 
 
-ROUNDING = Rounding("cpu", why_not, codes, values)
+ROUNDING = Rounding(NAME, why_not, codes, values)

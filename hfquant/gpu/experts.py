@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu
-from .binding import is_plain
-from .kernel import choose, forced_kernel
-from .spec import PackedSpec
+from ..binding import is_plain
+from ..kernel import choose, forced_kernel
+from ..spec import PackedSpec
+from . import weight_only
 
 
 @lru_cache(maxsize=1)
@@ -30,9 +30,9 @@ def can_run(keys: Mapping[str, str], x: Tensor) -> bool:
 def fits(keys: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether all weights would run one by one on the Triton kernel, and this one takes them, too."""
     forced = forced_kernel()
-    if device.type != "cuda" or forced not in (None, gpu.KERNEL.name):
+    if device.type != "cuda" or forced not in (None, weight_only.KERNEL.name):
         return False
-    chosen = all(choose(key, device, dtype, forced) is gpu.KERNEL for key in keys.values())
+    chosen = all(choose(key, device, dtype, forced) is weight_only.KERNEL for key in keys.values())
     return chosen and all(kernels().why_not(PackedSpec.parse(key)) is None for key in keys.values())
 
 

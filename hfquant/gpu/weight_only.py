@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel import Bound, Kernel
-from .spec import PackedSpec, TensorSpec
+from ..kernel import Bound, Kernel
+from ..spec import PackedSpec, TensorSpec
 
 LAYOUTS = ("bytes", "dense")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

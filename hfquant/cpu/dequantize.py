@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import cpu
-from .spec import PackedSpec
+from ..spec import PackedSpec
+from .linear import describe
+from .native import Library, library
+from .types import TYPES
 
 
 def columns(packed: list[Tensor], spec: PackedSpec, dtype: torch.dtype, first: int, last: int) -> Tensor:
@@ -18,19 +19,16 @@ def columns(packed: list[Tensor], spec: PackedSpec, dtype: torch.dtype, first: i
     All of them where they are stored in another order, or some are kept in 16 bit. Raises MemoryError, and FormatError
     for tensors that are too short.
     """
-    tensors, found = dict(zip(spec.names, packed, strict=True)), cpu.library()
-    assert isinstance(found, cpu.Library) and 0 <= first <= last <= spec.shape[1]
+    tensors, found = dict(zip(spec.names, packed, strict=True)), library()
+    assert isinstance(found, Library) and 0 <= first <= last <= spec.shape[1]
     assert (first, last) == (0, spec.shape[1]) or not ("order" in tensors or spec.outliers)
-    weight = cpu.describe(tensors, spec)
+    weight = describe(tensors, spec)
     out = torch.empty(spec.shape[0], last - first, dtype=dtype, device=packed[0].device)
     at = (ctypes.addressof(weight), first, last, out.data_ptr())
-    if found.call("hfq_dequantize", *at, type=cpu.TYPES[dtype]):
+    if found.call("hfq_dequantize", *at, type=TYPES[dtype]):
         raise MemoryError(f"the CPU kernels ran out of memory on a {spec.shape[0]} x {spec.shape[1]} weight")
     if "order" in tensors:
         out = torch.empty_like(out).index_copy_(1, tensors["order"].long(), out)
     if spec.outliers:
         out.index_copy_(1, tensors["outlier_index"].long(), tensors["outlier_weight"].to(dtype))
     return out
-
-
-KERNEL = replace(cpu.KERNEL, columns=columns)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernel import Bound
+from ..kernel import Bound
 
 
 @dataclass(eq=False, slots=True)

@@ -7,11 +7,11 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from .cpu_inputs import why_not_integers
-from .gpu import DTYPES, LAYOUTS, OLDEST, missing
-from .grids import FloatGrid, IntGrid
-from .kernel import Kernel
-from .spec import PackedSpec, TensorSpec
+from ..cpu.inputs import why_not_integers
+from ..grids import FloatGrid, IntGrid
+from ..kernel import Kernel
+from ..spec import PackedSpec, TensorSpec
+from .weight_only import DTYPES, LAYOUTS, OLDEST, missing
 
 SMALLEST_GROUP = 32  # columns that a matrix instruction adds up
 
@@ -81,4 +81,3 @@ def run_levels(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: Packe
 
 INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=20)
 LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=15)
-KERNELS = (INT8, LEVELS)

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import Blocks
-from .codebooks import FittedGrid
-from .cpu_types import TYPES, Input, hold
-from .errors import FormatError
-from .grids import FloatGrid, Grid, IntGrid, thresholds
-from .layouts import INPUT_NAMES
-from .spec import SCALE_DTYPES, InputSpec, PackedSpec, TensorSpec
+from ..blocks import Blocks
+from ..codebooks import FittedGrid
+from ..errors import FormatError
+from ..grids import FloatGrid, Grid, IntGrid, thresholds
+from ..layouts import INPUT_NAMES
+from ..spec import SCALE_DTYPES, InputSpec, PackedSpec, TensorSpec
+from .types import TYPES, Input, hold
 
 MOST_COLUMNS = 1 << 16  # products of two bytes that fit into 32 bits, added up
 _MODERATE = 2.0**40  # sums of levels between its inverse and this stay far inside of float32

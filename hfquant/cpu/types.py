@@ -8,7 +8,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .errors import FormatError
+from ..errors import FormatError
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
