@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# One process a core with one thread each; a file's tests stay together because they share fixtures.
-PYTEST_ARGS ?= --numprocesses auto --dist loadfile
+# One process a core with one thread each; a file's tests stay together because they share fixtures, and the longest files
+# come first (tests/conftest.py).
+PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Building distributions and installing them into fresh environments, for the tests that need a real installation."""
+"""The order of tests, and fresh environments with built distributions for those that need a real installation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Files that take a minute or so: who runs files side by side begins with them, or waits for one of them in the end.
+LONGEST = ("test_docs", "test_fpq", "test_third_party", "test_loading", "test_processes", "test_packaging")
 NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.egg-info", "build", "*.so", "*.dylib")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, everything else as it was collected."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def run_command(command: list[str], **options: Any) -> str:

@@ -79,5 +79,5 @@ def run_levels(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: Packe
     return y
 
 
-INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=20)
-LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=15)
+INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=9)
+LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=8)

@@ -48,9 +48,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     [
         {},
         {"act_bits": 8},
-        {"act_bits": 4, "rounds": 1},
-        {"act_bits": 6, "inputs": "token"},
-        {"bits": 6, "group_size": 32},
+        {"bits": 6, "group_size": 32, "act_bits": 6, "inputs": "token", "rounds": 1},
     ],
     ids=str,
 )

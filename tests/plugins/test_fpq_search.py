@@ -18,6 +18,7 @@ from hfquant.blocks import Blocks
 from hfquant.errors import SpecError
 from hfquant.grids import IntGrid, grid
 from hfquant.input_ranges import input_params
+from hfquant.kernel import use_kernel
 from hfquant.quantize import pack, quantize_linear
 from hfquant.ranges import absmax
 from hfquant.recipe import Recipe
@@ -305,4 +306,5 @@ def test_the_op_quantizes_its_input_bit_for_bit_as_defined(name: str, seed: int,
     packed, spec = pack(quantize_linear(w, recipe), recipe, input_params(-high, high, tensor))
     values = list(packed.values())
     expected = F.linear(definition(x, name, high, b).float(), ops.dequantize(values, spec.key(), torch.float32))
-    assert torch.equal(ops.linear(x, values, None, spec.key()), expected)
+    with use_kernel("reference"):  # what it must give; kernels may add up in another order
+        assert torch.equal(ops.linear(x, values, None, spec.key()), expected)

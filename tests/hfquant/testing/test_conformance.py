@@ -291,15 +291,15 @@ def in_this_process(paths: Any) -> dict[str, str]:
 
 def test_faults_of_whole_models_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three at once: layers left out, no gradient in 16 bit, nothing dequantized. The rest still passes."""
-    from hfquant import reference
+    from hfquant import ops
 
-    gradient = reference.input_grad
+    gradient = ops._grad_in_panels
 
     def broken(grad: Tensor, *rest: Any) -> Tensor:
         right = gradient(grad, *rest)
         return right if grad.dtype == torch.float32 else torch.full_like(right, torch.nan)
 
-    monkeypatch.setattr("hfquant.reference.input_grad", broken)
+    monkeypatch.setattr(ops, "_grad_in_panels", broken)
     monkeypatch.setattr("hfquant.hf.swap_out", lambda model, dtype: None)
     monkeypatch.setattr("hfquant.testing.model_checks.run_fresh", in_this_process)
     found = failures("int4", models=("llama",), modules_to_not_convert=["down_proj"])
