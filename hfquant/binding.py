@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import are_operators_watched
 from .kernel import Bound, Kernel, best, dtype_inside, rotate
 from .spec import PackedSpec
 
@@ -86,10 +87,7 @@ def is_plain(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch._C._len_torch_dispatch_stack()
+        and not are_operators_watched(x)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

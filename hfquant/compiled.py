@@ -75,10 +75,17 @@ def _best(x: Tensor, grid: Grid, what: str) -> Rounding | None:
 def _is_watched(x: Tensor) -> bool:
     """Whether somebody follows what is done to `x`: gradients, a compiler, a tracer, a mode, a tensor subclass."""
     return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        type(x) not in (Tensor, torch.nn.Parameter)
         or (x.requires_grad and torch.is_grad_enabled())
-        or torch.jit.is_tracing()
+        or are_operators_watched(x)
+    )
+
+
+def are_operators_watched(x: Tensor) -> bool:
+    """Whether a compiler, a tracer, a function transform or a mode follows what is done to `x`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or torch._C._len_torch_dispatch_stack() > 0
     )

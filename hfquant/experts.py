@@ -56,11 +56,12 @@ class RoutedExperts(nn.Module):
 
     def _expert(self, x: Tensor, expert: int, token: Tensor) -> Tensor:
         """Output [t, H] of one expert for `x` [t, H], which are the tokens numbered `token` [t]."""
-        if self.has_gate:
-            hidden = self._apply_gate(self._project("gate_up_proj", x, expert, token))
-        else:
-            hidden = self.act_fn(self._project("up_proj", x, expert, token))
-        y = self._project("down_proj", hidden, expert, token)
+        return self.mlp(x, lambda projection, rows: self._project(projection, rows, expert, token))
+
+    def mlp(self, x: Tensor, project: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """What experts make of `x` [R, K]; `project` multiplies rows with a projection of the expert that each has."""
+        hidden = self._apply_gate(project("gate_up_proj", x)) if self.has_gate else self.act_fn(project("up_proj", x))
+        y = project("down_proj", hidden)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:

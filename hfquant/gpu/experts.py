@@ -41,18 +41,16 @@ def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     grouped = kernels()
     plan = grouped.routing(top_k_index, experts.num_experts, hidden_states.dtype)
 
-    def project(projection: str, x: Tensor, top: int) -> Tensor:
+    def project(projection: str, x: Tensor) -> Tensor:
+        top = (
+            0 if projection == "down_proj" else top_k_index.shape[1]
+        )  # experts of each row; 0: a row for each, in order
         spec = experts.specs[projection]
         tensors = {name: experts._parameters[f"{projection}_{name}"].detach() for name in spec.names}
         bias = getattr(experts, f"{projection}_bias") if experts.has_bias else None
         y: Tensor = grouped.project(x, tensors, bias, spec, plan, top)
         return y
 
-    if experts.has_gate:
-        hidden = experts._apply_gate(project("gate_up_proj", hidden_states, top_k_index.shape[1]))
-    else:
-        hidden = experts.act_fn(project("up_proj", hidden_states, top_k_index.shape[1]))
-    y = project("down_proj", hidden, 0)
-    y = experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
+    y = experts.mlp(hidden_states, project)
     out: Tensor = grouped.combine(y, plan, top_k_index, top_k_weights, experts.num_experts)
     return out

@@ -11,16 +11,14 @@ from ..cpu.inputs import why_not_integers
 from ..grids import FloatGrid, IntGrid
 from ..kernel import Kernel
 from ..spec import PackedSpec, TensorSpec
-from .weight_only import DTYPES, LAYOUTS, OLDEST, missing
+from .weight_only import DTYPES, LAYOUTS, why_not_here
 
 SMALLEST_GROUP = 32  # columns that a matrix instruction adds up
 
 
 def why_not_gpu(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
     """Reason why none of these kernels can run a weight, or None."""
-    if capability is not None and capability < OLDEST:
-        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {capability[0]}.{capability[1]}"
-    if reason := missing():
+    if reason := why_not_here(capability):
         return reason
     if spec.scheme.input is None:
         return "multiplies quantized inputs, this layer does not quantize its input"

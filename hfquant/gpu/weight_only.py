@@ -39,6 +39,13 @@ def launcher() -> Any:
     return import_module("hfquant.kernels.triton.launch")
 
 
+def why_not_here(capability: tuple[int, int] | None) -> str | None:
+    """Reason why no Triton kernel runs on a GPU of this capability, or with what is installed, or None."""
+    if capability is not None and capability < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {capability[0]}.{capability[1]}"
+    return missing()
+
+
 def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
     """Reason why a weight cannot be run, or None."""
     if spec.layout not in LAYOUTS:
@@ -50,9 +57,7 @@ def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | 
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec) and isinstance(inner.scale, TensorSpec):
         return "reads scales that are quantized once, not twice"
-    if capability is not None and capability < OLDEST:
-        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {capability[0]}.{capability[1]}"
-    if reason := missing():
+    if reason := why_not_here(capability):
         return reason
     if not launcher().fits(spec.scheme.weight.numbers(), dtype):
         return f"the levels of {spec.scheme.weight.grid} do not fit into float16 numbers: use bfloat16 inputs"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hfquant import cpu, reference
 from hfquant.blocks import Blocks
+from hfquant.errors import FormatError
 from hfquant.layouts import LAYOUTS, pack_inputs, packed_spec, unpack_inputs
 from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
@@ -19,6 +21,9 @@ from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 INTEGERS = ("int2", "uint2", "int3", "int4", "uint4", "int4n", "int5", "uint5", "int6", "int7", "int8", "uint8")
 FLOATS = ("e1m1", "e2m0", "e2m1", "e1m2", "e3m0", "e2m2", "e3m2", "e2m3", "e3m3", "e4m3", "e4m3fn", "e5m2ieee")
 GRIDS = (*INTEGERS, *FLOATS, "nf4", "fp4", "dyn8")
+LIBRARY = cpu.library()
+assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
+ISAS = LIBRARY.isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 7, 13, 30)
 # Of the norm of the result, for inputs as models have them.
@@ -71,6 +76,19 @@ def kept_columns(q: QTensor, count: int, dtype: torch.dtype, seed: int) -> QTens
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(q.shape[1], generator=generator)[:count].sort().values.int()
     return replace(q, outliers=Outliers(index, torch.randn(q.shape[0], count, generator=generator).to(dtype)))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_refuses_short(run: Callable[..., Tensor], name: str) -> None:
+    """A kernel refuses a weight with too few numbers in the tensor `name`: "codes", "scale" or "zero"."""
+    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
+    tensors, spec = packed(q, "dense")
+    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
+    with pytest.raises(FormatError, match="the checkpoint is damaged"):
+        run(torch.ones(1, 64), tensors, None, spec)
 
 
 def assert_same_on_threads(x: Tensor, tensors: list[Tensor], spec: PackedSpec) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 from hfquant import cpu
 from hfquant.blocks import Blocks
 from hfquant.cpu import linear
-from hfquant.errors import FormatError, UnsupportedError
+from hfquant.errors import UnsupportedError
 from hfquant.kernel import KERNELS, choose, declined
 from hfquant.layouts import unpack
 from hfquant.qtensor import Outliers, QTensor
@@ -21,23 +19,16 @@ from .problems import (
     BOUND,
     DTYPES,
     GRIDS,
+    ISAS,
+    LIBRARY,
     assert_product,
+    assert_refuses_short,
     assert_same_on_threads,
     error,
     packed,
     problems,
     random_weight,
 )
-
-LIBRARY = cpu.library()
-assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
-ISAS = LIBRARY.isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with LIBRARY.using(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -159,11 +150,7 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["codes", "scale", "zero"])
 def test_tensors_that_are_too_short_are_refused(name: str) -> None:
     """The library reads what it is told to."""
-    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
-    tensors, spec = packed(q, "dense")
-    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
-    with pytest.raises(FormatError, match="the checkpoint is damaged"):
-        cpu.run(torch.ones(1, 64), tensors, None, spec)
+    assert_refuses_short(cpu.run, name)
 
 
 def test_unknown_instruction_sets_are_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant import cpu, ops
+from hfquant import ops
 from hfquant.blocks import Blocks
 from hfquant.cpu.dequantize import columns
 from hfquant.errors import FormatError
@@ -20,11 +20,8 @@ from hfquant.layouts import unpack
 from hfquant.qtensor import Outliers, QTensor
 from hfquant.spec import PackedSpec, TensorSpec
 
-from .problems import DTYPES, WORST_INT, assert_close, packed, problems, random_weight
+from .problems import DTYPES, ISAS, LIBRARY, WORST_INT, assert_close, packed, problems, random_weight
 
-LIBRARY = cpu.library()
-assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
-ISAS = LIBRARY.isas()
 CPU = torch.device("cpu")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,31 +26,21 @@ from hfquant.testing.tiny import tiny_inputs, tiny_model
 from .problems import (
     BOUND,
     DTYPES,
+    ISAS,
+    LIBRARY,
     SEEN,
     assert_grid_product,
     assert_same_on_threads,
     error,
     grid_problems,
     kept_columns,
+    normal,
     packed,
     random_weight,
     seen_inputs,
 )
 
-LIBRARY = cpu.library()
-assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
-ISAS = LIBRARY.isas()
 ROW, ALL = Blocks(1, -1), Blocks(-1, -1)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with LIBRARY.using(request.param):
-        yield request.param
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def identity(size: int, kept: list[int], order: Tensor | None) -> QTensor:

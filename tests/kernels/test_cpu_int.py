@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfquant import HfQuantConfig, cpu, explain, reference, use_kernel
@@ -21,25 +19,22 @@ from hfquant.qtensor import InputParams, Outliers, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
-from .problems import DTYPES, assert_int_product, assert_same_on_threads, int_problems, packed, random_weight
+from .problems import (
+    DTYPES,
+    ISAS,
+    LIBRARY,
+    assert_int_product,
+    assert_same_on_threads,
+    int_problems,
+    normal,
+    packed,
+    random_weight,
+)
 
-LIBRARY = cpu.library()
-assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
-ISAS = LIBRARY.isas()
 ROW, ALL = Blocks(1, -1), Blocks(-1, -1)
 # Both round their result to its dtype once: where they fall on two sides of a tie, they differ by one last place.
 LAST_PLACE = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 seeds = st.integers(0, 2**31)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with LIBRARY.using(request.param):
-        yield request.param
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def dynamic(grid: str = "int8", split: float | None = None) -> InputSpec:

@@ -24,12 +24,9 @@ from hfquant.scales import encode, round_to
 from hfquant.spec import TensorSpec
 from hfquant.stats import Stats
 
-from .problems import DTYPES
+from .problems import DTYPES, ISAS, LIBRARY
 from .problems import GRIDS as PATTERNS
 
-LIBRARY = cpu.library()
-assert not isinstance(LIBRARY, str), LIBRARY  # the suite is for machines with a compiler
-ISAS = LIBRARY.isas()
 UNSIGNED = ("ue2m2", "ue1m2", "ue4m4", "ue3m0", "e3m0b2", "e5m2", "e6m1", "e7m0", "e1m6")
 FITTED = (-3.0, -1.0, -0.25, 0.0, 1e-30, 0.5, 2.0)  # any count of levels
 NAMES = (*PATTERNS, *UNSIGNED, *(name for name in GRIDS.names() if not isinstance(grid(name), FittedGrid)))

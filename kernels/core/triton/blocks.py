@@ -59,14 +59,17 @@ GRAD = (Tile(64, 64, 64, 64, 4, 2, False), Tile(ANY, 128, 64, 64, 8, 2, False))
 GRAD_GATHERED = (Tile(64, 64, 32, 64, 8, 2, False), Tile(ANY, 128, 32, 64, 8, 2, False))
 
 
+def with_room(table: tuple[Tile, ...], rows: int) -> Tile:
+    """The first tile of a table for an input of `rows` rows."""
+    return next(tile for tile in table if rows <= tile.rows)
+
+
 def tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
     """The tile for an input of `rows` rows."""
     usual = LINEAR.get(architecture, AMD if architecture.startswith("gfx") else DEFAULT)
-    table = FLOAT32 if is_float32 else GATHERED if is_gathered else usual
-    return next(tile for tile in table if rows <= tile.rows)
+    return with_room(FLOAT32 if is_float32 else GATHERED if is_gathered else usual, rows)
 
 
 def grad_tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
     """The tile for a gradient of `rows` rows."""
-    table = FLOAT32 if is_float32 else GRAD_GATHERED if is_gathered else GRAD
-    return next(tile for tile in table if rows <= tile.rows)
+    return with_room(FLOAT32 if is_float32 else GRAD_GATHERED if is_gathered else GRAD, rows)

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.errors import FormatError
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
@@ -126,7 +125,7 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     row_bytes = packed_width(k, 4 if halves else 8)
     needed = {"codes": n * row_bytes, "scale": n, "order": k, "input_scale": 1}
     needed |= {"outlier_index": spec.outliers, "outlier_weight": n * spec.outliers}
-    check(tensors, needed)
+    launch.check_lengths(tensors, needed)
     rows = rows_of(x, k)
     if "order" in tensors:
         rows = rows.index_select(-1, tensors["order"])
@@ -166,11 +165,3 @@ def rows_of(x: Tensor, k: int) -> Tensor:
         raise RuntimeError(f"a weight with {k} columns cannot take an input of shape {tuple(x.shape)}")
     rows = x.reshape(-1, k)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def check(tensors: dict[str, Tensor], needed: dict[str, int]) -> None:
-    """Raises FormatError if a tensor is too short: a kernel reads what it is told to."""
-    for name, least in needed.items():
-        if name in tensors and tensors[name].numel() < least:
-            found = tensors[name].numel()
-            raise FormatError(f"a packed weight needs {least} {name}, found {found}: the checkpoint is damaged")

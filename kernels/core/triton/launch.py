@@ -179,6 +179,11 @@ def check(tensors: dict[str, Tensor], spec: PackedSpec) -> None:
         needed |= {"scale_codes": blocks, "scale_scale": -(-blocks // shape.scale_group)}
     else:
         needed["scale"] = blocks
+    check_lengths(tensors, needed)
+
+
+def check_lengths(tensors: dict[str, Tensor], needed: dict[str, int]) -> None:
+    """Raises FormatError if a tensor has fewer numbers than are needed of it."""
     for name, least in needed.items():
         if name in tensors and tensors[name].numel() < least:
             found = tensors[name].numel()

@@ -21,7 +21,7 @@ from hfquant.spec import PackedSpec
 from . import launch
 from .decode import bits_at
 from .inputs import quantize
-from .int8 import bytes_of, check, named, rows_of
+from .int8 import bytes_of, named, rows_of
 from .quantized_tiles import levels_tile
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
@@ -169,7 +169,9 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     counts, sides = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape)
     bits = weight.numbers().bits if spec.layout == "dense" else 8
     row_bytes = packed_width(k, bits)
-    check(tensors, {"codes": n * row_bytes, "scale": counts[0] * counts[1], "order": k, "input_scale": 1})
+    launch.check_lengths(
+        tensors, {"codes": n * row_bytes, "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
+    )
     rows = rows_of(x, k)
     if "order" in tensors:
         rows = rows.index_select(-1, tensors["order"])

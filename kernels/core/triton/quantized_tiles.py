@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .blocks import ANY, Tile
+from .blocks import ANY, Tile, with_room
 
 SMALL = (Tile(16, 16, 64, 256, 4, 3, False), Tile(64, 64, 64, 128, 4, 3, False))
 INT8_AMD = (*SMALL, Tile(ANY, 128, 128, 128, 8, 2, False))
@@ -15,8 +15,7 @@ INT8 = {
 
 def int8_tile(architecture: str, rows: int) -> Tile:
     """The tile for an input of `rows` rows."""
-    table = INT8_AMD if architecture.startswith("gfx") else INT8.get(architecture, INT8[""])
-    return next(tile for tile in table if rows <= tile.rows)
+    return with_room(INT8_AMD if architecture.startswith("gfx") else INT8.get(architecture, INT8[""]), rows)
 
 
 # Float8 instructions of sm_90 and later take 64 rows, of earlier ones 16.
@@ -46,6 +45,5 @@ def levels_tile(architecture: str, rows: int, is_float8: bool, is_scaled: bool) 
     A product that is scaled before it is added takes registers of its own: half as many columns are left.
     """
     usual = FLOAT8.get("gfx" if architecture.startswith("gfx") else architecture, FLOAT8[""])
-    table = usual if is_float8 else BFLOAT16
-    found = next(tile for tile in table if rows <= tile.rows)
+    found = with_room(usual if is_float8 else BFLOAT16, rows)
     return found._replace(bn=64) if is_scaled else found

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 
 from hfquant.blocks import Blocks
-from hfquant.errors import FormatError
 from hfquant.gpu import weight_only as gpu
 from hfquant.kernel import KERNELS, Kernel, choose, declined, use_kernel
 from hfquant.kernels.triton import launch
@@ -20,7 +19,7 @@ from hfquant.ops import linear
 from hfquant.qtensor import QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
-from ..problems import BOUND, DTYPES, GRIDS, SUMS, error, packed, random_weight
+from ..problems import BOUND, DTYPES, GRIDS, SUMS, assert_refuses_short, error, packed, random_weight
 from .interpret import interpreted
 from .products import LAST, as_if_on, assert_near, interpret, problems, with_outliers
 
@@ -216,11 +215,7 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["codes", "scale", "zero"])
 def test_tensors_that_are_too_short_are_refused(name: str) -> None:
     """A kernel reads what it is told to."""
-    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
-    tensors, spec = packed(q, "dense")
-    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
-    with pytest.raises(FormatError, match="the checkpoint is damaged"):
-        gpu.run(torch.ones(1, 64), tensors, None, spec)
+    assert_refuses_short(gpu.run, name)
 
 
 def test_damaged_codes_read_no_memory_of_others() -> None:
