@@ -79,7 +79,8 @@ class TrainSection(_Section):
     `data`: a text file, .json or .jsonl, a dataset, or "self" for text that the model writes; None for `--data`.
     `samples` windows of `length` tokens. `steps`: None for `epochs` over the data. `batch_size` is of one process and
     one step, `accumulate` steps make an update. `schedule` is one of transformers' schedulers. `optimizer`:
-    "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes. `dtype`: of the model; adapters are trained in float32.
+    "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes is installed and
+    "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32.
     """
 
     data: StrictStr | None = None
@@ -94,7 +95,7 @@ class TrainSection(_Section):
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     checkpointing: Switch = False
     save_every: Annotated[Whole, Field(ge=1)] = 500
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -137,6 +138,15 @@ class Workflow(_Section):
         if reason := _contradiction(self):
             raise ValueError(reason)
         return self
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "lora": LoraSection,
+    "qat": QatSection,
+    "train": TrainSection,
+    "evaluate": EvaluateSection,
+    "push": PushSection,
+}
 
 
 def _contradiction(w: Workflow) -> str | None:
@@ -268,7 +278,5 @@ def _parts(lines: dict[Place, int]) -> set[str | int]:
 
 def _section(place: Place) -> list[str]:
     """Names of the entries that the section at `place` may have."""
-    sections = {"lora": LoraSection, "qat": QatSection, "train": TrainSection, "evaluate": EvaluateSection}
-    sections |= {"push": PushSection}
-    found = sections.get(str(place[0]), Workflow) if place else Workflow
+    found = _SECTIONS.get(str(place[0]), Workflow) if place else Workflow
     return list(found.model_fields)
