@@ -1,0 +1,34 @@
+"""Adapters: stock PEFT on a quantized model, started as the recipe says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+from ..recipe_file import LoraSection
+from .request import Plan
+
+
+def lora_config(section: LoraSection, training: bool) -> LoraConfig:
+    """PEFT's configuration of the adapters that a recipe asks for."""
+    return LoraConfig(
+        r=section.rank,
+        lora_alpha=2 * section.rank if section.alpha is None else section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
+        target_parameters=list(section.experts) or None,
+        use_rslora=section.rslora,
+        use_dora=section.dora,
+        task_type="CAUSAL_LM",
+        inference_mode=not training,
+    )
+
+
+def attach(model: Any, plan: Plan) -> PeftModel:
+    """Attach the adapters of a plan to a model; what is not an adapter is frozen."""
+    section = plan.workflow.lora
+    assert section is not None
+    if plan.train is not None and plan.train.checkpointing:
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    return get_peft_model(model, lora_config(section, plan.train is not None))

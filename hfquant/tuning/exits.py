@@ -1,0 +1,53 @@
+"""Ways out of a training: what is saved, and what is made of the adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from .. import processes
+from ..config import HfQuantConfig
+from ..report import Report
+from .base import Tick, load_base, quantized, remove
+from .request import Plan
+
+NEAREST = "nearest"
+
+
+def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
+    """Save the adapters; `base`: where the model they belong to will be found."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base)
+        config.inference_mode = True
+    if processes.rank() == 0:
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the report's card takes its place
+    processes.barrier()
+
+
+def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
+    """Merge adapters into the quantized model, into `folder`; the report of what was quantized again, or None.
+
+    Adapters change weights by less than a step of the grid, which rounding to nearest would undo. A method that rounds
+    to nearest keeps its scales, and codes are chosen so that what the adapter does survives (`requantize`). A method
+    with a rounding of its own is run again, on the dequantized model: that is what the adapters were trained on.
+    """
+    tick("merging", 0.0)
+    if config.recipe.rounder.name == NEAREST:
+        if processes.rank() == 0:
+            _merged(load_base(base, plan), adapter).save_pretrained(folder)
+        processes.barrier()
+        return None
+    full = folder.with_name("dequantized")
+    if processes.rank() == 0:
+        _merged(load_base(base, plan).dequantize(), adapter).save_pretrained(full)
+    processes.barrier()
+    report = quantized(full, plan, config, folder, tick)
+    remove(full)
+    return report
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
