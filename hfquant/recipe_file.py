@@ -79,8 +79,8 @@ class TrainSection(_Section):
     `data`: a text file, .json or .jsonl, a dataset, or "self" for text that the model writes; None for `--data`.
     `samples` windows of `length` tokens. `steps`: None for `epochs` over the data. `batch_size` is of one process and
     one step, `accumulate` steps make an update. `schedule` is one of transformers' schedulers. `optimizer`:
-    "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes is installed and
-    "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32.
+    "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes is installed
+    and "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32.
     """
 
     data: StrictStr | None = None

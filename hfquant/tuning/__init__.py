@@ -32,7 +32,8 @@ def finetune(
 
     `data`: what to train on, and to calibrate on if the recipe names nothing else; forms as in `HfQuantConfig`.
     `eval_data`: a text file to measure on; by default a part of `data` is kept back. `max_steps`, `seed`: in place of
-    what the recipe says. `push`: a repository on the Hub to upload the result to, `private` or not. `device`: by default a GPU if there is one. `tick(what, share)` is called as the work goes on.
+    what the recipe says. `push`: a repository on the Hub to upload the result to, `private` or not. `device`: by
+    default a GPU if there is one. `tick(what, share)` is called as the work goes on.
 
     `out` appears whole or not at all: with adapters, they are there and the quantized model is in `out/base`; otherwise
     the quantized model itself is there. What is finished is kept beside it until then, and the same call goes on where

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import api, processes
 from ..config import HfQuantConfig
 from ..quantize import needs_data, works_on_blocks
@@ -48,10 +50,10 @@ def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Pat
     return report
 
 
-def load_base(source: str | Path, plan: Plan) -> Any:
-    """A model, quantized or not, on the device and in the dtype of the training."""
+def load_base(source: str | Path, plan: Plan, dtype: torch.dtype | None = None) -> Any:
+    """A model, quantized or not, on the device of the training and in `dtype`, by default that of the training."""
     place = {} if plan.device.type == "cpu" else {"device_map": {"": plan.device}}
-    return load_model(source, dtype=str(plan.dtype).removeprefix("torch."), **place)
+    return load_model(source, dtype=str(dtype or plan.dtype).removeprefix("torch."), **place)
 
 
 def remove(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from .. import processes
@@ -18,17 +20,16 @@ NEAREST = "nearest"
 
 def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
     """Save the adapters; `base`: where the model they belong to will be found."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(base)
-        config.inference_mode = True
     if processes.rank() == 0:
         model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the report's card takes its place
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))
     processes.barrier()
 
 
 def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
-    """Merge adapters into the quantized model, into `folder`; the report of what was quantized again, or None.
+    """Merge adapters, in float32, into the quantized model in `folder`; the report of what was quantized again, or None.
 
     Adapters change weights by less than a step of the grid, which rounding to nearest would undo. A method that rounds
     to nearest keeps its scales, and codes are chosen so that what the adapter does survives (`requantize`). A method
@@ -37,12 +38,12 @@ def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: 
     tick("merging", 0.0)
     if config.recipe.rounder.name == NEAREST:
         if processes.rank() == 0:
-            _merged(load_base(base, plan), adapter).save_pretrained(folder)
+            _merged(load_base(base, plan, torch.float32), adapter).to(plan.dtype).save_pretrained(folder)
         processes.barrier()
         return None
     full = folder.with_name("dequantized")
     if processes.rank() == 0:
-        _merged(load_base(base, plan).dequantize(), adapter).save_pretrained(full)
+        _merged(load_base(base, plan, torch.float32).dequantize(), adapter).save_pretrained(full)
     processes.barrier()
     report = quantized(full, plan, config, folder, tick)
     remove(full)

@@ -31,10 +31,9 @@ class Stage:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Stage:
         """Inverse of `to_dict`."""
-        fidelity = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data["fidelity"].items()
-        }
-        return cls(data["name"], data["loss"], data["change"], Fidelity(**fidelity))
+        found: dict[str, Any] = data["fidelity"]
+        measured: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return cls(data["name"], data["loss"], data["change"], Fidelity(**measured))
 
 
 class Stages:
