@@ -11,7 +11,7 @@ import torch
 
 from .. import api, processes
 from ..config import HfQuantConfig
-from ..quantize import needs_data, works_on_blocks
+from ..quantize import works_on_blocks
 from ..report import REPORT_NAME, Report
 from ..source import load_model
 from .request import Plan
@@ -25,11 +25,11 @@ Tick = Callable[[str, float], None]
 
 def config_of(plan: Plan, rows: Rows) -> HfQuantConfig:
     """How to quantize, with samples to calibrate on if the recipe names none of its own."""
-    assert plan.config is not None
-    if not needs_data(plan.config.recipe) or plan.config.data.data is not None:
-        return plan.config
-    given = {"data": rows.calibration(plan.config.data.samples)}
-    return HfQuantConfig.from_recipe(plan.recipe.path, **given)
+    config = plan.config
+    assert config is not None
+    if not config.needs_data or config.data.data is not None:
+        return config
+    return HfQuantConfig.from_recipe(plan.recipe.path, data=rows.calibration(config.data.samples))
 
 
 def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:

@@ -29,7 +29,7 @@ def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
 
 
 def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
-    """Merge adapters, in float32, into the quantized model in `folder`; the report of what was quantized again, or None.
+    """Merge adapters in float32 and write the model to `folder`; the report of what was quantized again, or None.
 
     Adapters change weights by less than a step of the grid, which rounding to nearest would undo. A method that rounds
     to nearest keeps its scales, and codes are chosen so that what the adapter does survives (`requantize`). A method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..config import HfQuantConfig
 from ..data import CalibrationData, check, tokenizer_for
 from ..errors import CalibrationError, SpecError
 from ..hub import check_repository
-from ..quantize import needs_data, works_on_blocks
+from ..quantize import works_on_blocks
 from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection, Workflow, read_recipe
 from ..selftext import refusal
 from ..source import model_class, original_config, stored_dtype
@@ -91,7 +91,10 @@ def plan(request: Request) -> Plan:
     train = _changed(work.train, recipe, request)
     model_config = original_config(request.model)
     _check_class(model_config, request.model)
-    text = _text(request.data, train, work, recipe)
+    config = _config(recipe, request)
+    text = _text(request.data, train, config, recipe)
+    if text is None and config is not None:
+        config.check_data()
     tokenizer = None
     if text is not None:
         tokenizer = tokenizer_for(text, request.model)
@@ -103,7 +106,7 @@ def plan(request: Request) -> Plan:
         out,
         model_config,
         tokenizer,
-        _config(recipe, text),
+        config,
         train,
         text,
         _evaluate(work, request, text),
@@ -142,40 +145,39 @@ def _check_class(model_config: Any, model: str | Path) -> None:
         raise SpecError(f"{model} cannot be fine-tuned on text: {reason}. Give a causal language model")
 
 
-def _text(data: Any, train: TrainSection | None, work: Workflow, recipe: RecipeFile) -> CalibrationData | None:
-    """What the recipe reads: to train on, or else to calibrate or measure on. Raises CalibrationError if it is missing.
-
-    What is given takes the place of what the recipe names.
-    """
-    named = train.data if train is not None else None
-    found = named if data is None else data
-    if found is None:
-        if train is not None:
-            raise CalibrationError(
-                f"{recipe.path} trains, and names nothing to train on: give --data (data=): a text file, a dataset, "
-                'or "self" for text that the model writes'
-            )
-        return None
-    if train is None:
-        section = work.evaluate or EvaluateSection()
-        return CalibrationData(found, 128 + section.sequences, max(section.length, 128), section.batch_size)
-    kept = work.evaluate.sequences if work.evaluate is not None else 0
-    return CalibrationData(found, train.samples + kept, train.length, train.batch_size, train.seed)
-
-
-def _config(recipe: RecipeFile, text: CalibrationData | None) -> HfQuantConfig | None:
-    """How to quantize. Raises SpecError for what is wrong in the recipe, CalibrationError for data that is missing."""
+def _config(recipe: RecipeFile, request: Request) -> HfQuantConfig | None:
+    """How to quantize; data that is given takes the place of what the recipe names. Raises SpecError."""
     if recipe.workflow.quantize is None:
         return None
-    config = HfQuantConfig.from_recipe(recipe.path)
+    config = HfQuantConfig.from_recipe(recipe.path, **({} if request.data is None else {"data": None}))
     if recipe.workflow.qat is not None and works_on_blocks(config.recipe):
         raise SpecError(
             f"{recipe.at('quantize', 'method')}: weights are quantized anew in every step of training, and "
             f"{config.method!r} is calibrated: choose a method that looks at the weights alone, such as int4"
         )
-    if needs_data(config.recipe) and config.data.data is None and text is None:
-        raise CalibrationError(f"{recipe.path}: method {config.method!r} needs calibration data: give --data (data=)")
     return config
+
+
+def _text(
+    data: Any, train: TrainSection | None, config: HfQuantConfig | None, recipe: RecipeFile
+) -> CalibrationData | None:
+    """What the recipe trains on, or else calibrates or measures on. Raises CalibrationError if there is nothing.
+
+    What is given takes the place of what the recipe names.
+    """
+    measured = recipe.workflow.evaluate
+    kept = measured.sequences if measured is not None else 0
+    if train is not None:
+        data = train.data if data is None else data
+        if data is None:
+            raise CalibrationError(
+                f"{recipe.path} trains, and names nothing to train on: give --data (data=): a text file, a dataset, "
+                'or "self" for text that the model writes'
+            )
+        return CalibrationData(data, train.samples + kept, train.length, train.batch_size, train.seed)
+    how = CalibrationData() if config is None else config.data
+    data = how.data if data is None else data
+    return None if data is None else replace(how, data=data, samples=how.samples + kept)
 
 
 def _evaluate(work: Workflow, request: Request, text: CalibrationData | None) -> EvaluateSection | None:

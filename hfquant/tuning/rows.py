@@ -47,8 +47,8 @@ def read_rows(plan: Plan, writer: Any = None) -> Rows:
         kept = min(how.sequences, max(1, len(rows) // _SHARE))
         if len(rows) <= kept:
             raise CalibrationError(
-                f"the data gives {len(rows)} sample of {_length(rows)} tokens, and one is kept back to measure on: give "
-                "more text, a smaller length, or another text to measure on (--eval-data)"
+                f"the data gives {len(rows)} sample of {_length(rows)} tokens, and one is kept back to measure on: "
+                "give more text, a smaller length, or another text to measure on (--eval-data)"
             )
     held, rows = rows[:kept], rows[kept:]
     if plan.train is not None:
