@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import set_seed
 
 from ..recipe_file import LoraSection
 from .request import Plan
@@ -31,4 +32,5 @@ def attach(model: Any, plan: Plan) -> PeftModel:
     assert section is not None
     if plan.train is not None and plan.train.checkpointing:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_seed(plan.seed)  # adapters start with random numbers
     return get_peft_model(model, lora_config(section, plan.train is not None))

@@ -37,7 +37,7 @@ def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Pat
 
     Of several processes all calibrate together; a method without calibration is the first one's work.
     """
-    if (folder / REPORT_NAME).exists():
+    if processes.of_first((folder / REPORT_NAME).exists()):  # all take the same way, or they wait for each other
         return None
     report = None
     dtype = str(plan.dtype).removeprefix("torch.")

@@ -121,8 +121,9 @@ class Work:
     def _look(self) -> tuple[Rows, Stages]:
         """The samples, and the original model measured; it also writes the text if the data is "self"."""
         writes = self.plan.text is not None and kind_of(self.plan.text.data) == "self"
+        rows = None if writes else read_rows(self.plan)
         original = load_base(self.plan.model, self.plan) if writes or self.plan.evaluate is not None else None
-        rows = read_rows(self.plan, original if writes else None)
+        rows = rows or read_rows(self.plan, original)
         stages = Stages(rows.measure, [Stage.from_dict(stage) for stage in self.state.notes.get("stages", [])])
         if original is not None:
             stages.start(original)

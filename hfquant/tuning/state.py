@@ -45,7 +45,6 @@ class State:
         self.notes[name] = json.loads(strict_json(value))
         if processes.rank() == 0:
             self._write()
-        processes.barrier()
 
     def _write(self) -> None:
         new = self.path.with_suffix(".new")
