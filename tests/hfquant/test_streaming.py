@@ -26,6 +26,7 @@ from hfquant.source import model_class
 from hfquant.staging import partial_folder
 from hfquant.swap import packed_modules
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from tests import fresh
 
 RUN = """
 import os, signal, sys
@@ -168,8 +169,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     stop: str, whole: Path, source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", RUN, str(source), str(out), stop], capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = fresh.run(RUN, source, out, stop)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     before = journal_of(out)[1:]
     done = ["model.layers.0", "model.layers.1"][: KILLED[stop]]
@@ -320,9 +321,7 @@ def test_a_file_that_the_system_refuses_ends_the_run_and_leaves_no_half_of_it(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(source), str(out)], capture_output=True, text=True, timeout=300
-    )
+    ended = fresh.run(LIMITED, source, out)
     assert ended.returncode == 1 and "too large" in ended.stderr.lower()
     assert not out.exists()
     finished = {line["shard"] for line in journal_of(out)[1:]}
