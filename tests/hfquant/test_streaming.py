@@ -6,9 +6,9 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -382,26 +382,30 @@ def test_starting_over_does_not_go_on(source: Path, whole: Path, tmp_path: Path)
 
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from hfquant.journal import Journal
 journal = Journal(Path(sys.argv[1]), {"run": 1}, True)
-print("held", flush=True)
+Path(sys.argv[2] + ".part").write_text(str(os.getpid()))
+os.rename(sys.argv[2] + ".part", sys.argv[2])
 time.sleep(300)
 """
 
 
 def test_two_processes_do_not_write_to_one_folder(source: Path, tmp_path: Path) -> None:
     folder = partial_folder(tmp_path / "out")
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(SpecError, match="another process is writing to"):
-            hfquant.quantize(source, config(), tmp_path / "out")
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
+    held = tmp_path / "held"
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fresh.run, HOLD, folder, held)
+        while not held.exists() and not other.done():
+            time.sleep(0.01)
+        assert held.exists(), other.result().stderr
+        try:
+            with pytest.raises(SpecError, match="another process is writing to"):
+                hfquant.quantize(source, config(), tmp_path / "out")
+        finally:
+            os.kill(int(held.read_text()), signal.SIGKILL)
+        assert other.result().returncode == -signal.SIGKILL
     with pytest.raises(SpecError, match="something else"):  # the lock is gone with the process
         hfquant.quantize(source, config(), tmp_path / "out")
 
