@@ -58,10 +58,13 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
         return None
     if scale.numel() == 1 and x.is_contiguous():
         to = Parameters(grid, scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1), (1, x.numel()))
-        return found.values(x.reshape(1, -1), to).reshape(torch.broadcast_shapes(x.shape, scale.shape))
-    if x.dim() != 2 or scale.dim() != 2 or torch.broadcast_shapes(x.shape, scale.shape) != x.shape:
+        return found.values(x.reshape(1, -1), to).reshape((1,) * (scale.dim() - x.dim()) + x.shape)
+    if x.dim() != 2 or scale.dim() != 2:
         return None
-    height, width = (length if count == 1 else 1 for length, count in zip(x.shape, scale.shape, strict=True))
+    sides = tuple(zip(x.shape, scale.shape, strict=True))
+    if any(count not in (1, length) for length, count in sides):
+        return None
+    height, width = (length if count == 1 else 1 for length, count in sides)
     return found.values(x, Parameters(grid, scale, zero, (height, width)))
 
 

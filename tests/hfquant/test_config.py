@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hfquant.backend import Backend, register, unregister
 from hfquant.presets import kbit
 from hfquant.recipe import PRESETS
 from hfquant.testing.tiny import tiny_model
+from tests import fresh
 
 METHODS = [name for name in PRESETS.names() if PRESETS.owner(name) == "core [hfquant]"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -272,7 +271,8 @@ def test_a_checkpoint_makes_nothing_run_or_load() -> None:
         "try: HfQuantConfig.from_dict(data)\n"
         "except BackendError: print(json.dumps([started, 'this' in sys.modules]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = fresh.run(program)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[], False]
 
 
