@@ -101,7 +101,7 @@ class DistillationTrainer(Trainer):
         given = {name: value for name, value in inputs.items() if name != "labels"}
         labels: Tensor = inputs["labels"]
         outputs = model(**given)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # in the precision that the student has
             wanted = self.teacher(**given).logits
         counts = labels[:, 1:] != IGNORED
         loss = divergence(outputs.logits[:, :-1][counts], wanted[:, :-1][counts])

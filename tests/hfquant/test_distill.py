@@ -128,7 +128,7 @@ def test_evaluation_measures_what_the_evaluation_of_quantized_models_measures(tm
 
 def test_checkpoints_of_the_trainer_are_ordinary_models_and_resume_to_the_same_weights(tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "seed": 1}
-    options |= {"gradient_checkpointing": True, "per_device_train_batch_size": 2, "weight_decay": 0.1}
+    options |= {"activation_checkpointing": True, "bf16": True, "per_device_train_batch_size": 2, "weight_decay": 0.1}
     ends = []
     for again in (None, str(tmp_path / "checkpoint-2")):
         student = prepare_qat(tiny_model("llama"), HfQuantConfig("nf4"))
