@@ -49,7 +49,7 @@ def fake_weight(
 
     Each weight gets the gradient of its value. Ranges that clip (any but "absmax") leave weights outside of the grid:
     those that would be rounded to a level beyond the outermost one get no gradient, as in LSQ (Esser et al. 2020,
-    arXiv:1902.08153, equation 3). Raises WeightError for NaN and infinite weights: training has overflowed.
+    arXiv:1902.08153, section 2). Raises WeightError for NaN and infinite weights: training has overflowed.
     """
     with torch.no_grad():
         values, outliers, inside = _rounded(w, recipe, stats, columns)
