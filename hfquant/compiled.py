@@ -48,6 +48,12 @@ def codes(x: Tensor, to: Parameters) -> Tensor | None:
     return None if found is None else found.codes(x, to)
 
 
+def values_in_blocks(x: Tensor, to: Parameters) -> Tensor | None:
+    """What a matrix `x` [N, K] is rounded to, float32 [N, K], or None if there is only torch to find it."""
+    found = _best(x, to.grid, "values")
+    return None if found is None or not x.numel() else found.values(x, to)
+
+
 def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor | None:
     """What `x` is rounded to, float32 [same shape], or None; `scale` and `zero` broadcast against it.
 

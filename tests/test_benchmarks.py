@@ -31,7 +31,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode"])
+@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode", "qat_quality"])
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
@@ -44,6 +44,13 @@ def test_fpq_keeps_its_bars() -> None:
     spent = json.loads((ROOT / "benchmarks/results/fpq_time.json").read_text())
     assert spent["small"]["ratio"] <= spent["small"]["bar"] == 3
     assert spent["large"]["hours"] <= spent["large"]["bar"] == 2
+
+
+def test_training_through_quantization_wins_on_every_seed_without_data() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/qat_quality.json").read_text())["kl"].values()
+    for row in rows:
+        pairs = zip(row["trained, own text"]["by_seed"], row["rounded"]["by_seed"], strict=True)
+        assert all(trained < 0.75 * rounded for trained, rounded in pairs)
 
 
 def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:
