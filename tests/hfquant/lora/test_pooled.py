@@ -15,6 +15,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hfquant
 from hfquant import HfQuantConfig
 from hfquant.blocks import Blocks
 from hfquant.errors import SpecError, UnsupportedError
@@ -318,11 +319,19 @@ def in_float64(model: Any) -> Any:
     return twin.double()
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": False, "double_quant": True}], ids=["int4", "uint4 double"])
-def test_a_model_is_tuned_saved_merged_and_loaded_again(options: dict[str, Any], tmp_path: Path) -> None:
-    """Merging moves logits by less than 1e-5, found in float64, and in float32 by a rounding of numbers up to 20."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "signed": {},
+    "unsigned, scales quantized": {"symmetric": False, "double_quant": True},
+    "columns in 16 bit": {"outliers": 0.02, "group_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_model_is_tuned_saved_merged_and_loaded_again(kind: str, tmp_path: Path) -> None:
+    """Merging moves logits by less than 1e-5, found in float64, and in float32 by no more than another kernel does."""
     ids = AutoTokenizer.from_pretrained(TRAINED)((MODELS / "heldout.txt").read_text()[:400])["input_ids"]
     text = torch.tensor(ids[:128]).view(4, 32)
+    options = OPTIONS[kind]
     config = HfQuantConfig("int4", **options)
     base = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32, quantization_config=config)
     untouched = copy.deepcopy(base)
@@ -341,17 +350,19 @@ def test_a_model_is_tuned_saved_merged_and_loaded_again(options: dict[str, Any],
         again = PeftModel.from_pretrained(untouched, tmp_path / "adapter")
         assert torch.equal(again(text).logits, learned)
         exact = in_float64(tuned)(text).logits
+        with hfquant.use_kernel("reference"):
+            other = float((tuned(text).logits - learned).abs().max())
         before, after = merged_bits(tuned)
-        assert after - before == 32 / 64 - (4 / 64 if options else 0)
+        expected = 32 / options.get("group_size", 64) - (4 / 64 if "symmetric" in options else 0)
+        assert after - before == pytest.approx(expected, abs=1e-9)
         merged = merge_exact(tuned)
         logits = merged(text).logits
         moved = (in_float64(merged)(text).logits - exact).abs().max()
     off = (logits - learned).abs()
-    print(
-        f"logits up to {float(learned.abs().max()):.1f}, moved by {float(moved):.2g}, in float32 {float(off.max()):.2g}"
-    )
-    assert float(moved) <= 1e-5
-    assert float(off.mean()) <= 1e-5 and float(off.max()) <= 2e-6 * float(learned.abs().max())
+    figures = [float(x) for x in (learned.abs().max(), moved, off.max(), off.mean())]
+    print("logits up to {:.1f}, moved by {:.2g}, in float32 {:.2g}, mean {:.2g}".format(*figures), f"or {other:.2g}")
+    assert float(moved) <= 1e-5 and float(off.mean()) <= 1e-5
+    assert float(off.max()) <= 2 * other  # float32 does not tell merging from adding up in another order
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
