@@ -45,7 +45,7 @@ ROUNDINGS: Table[Rounding] = Table("rounding")
 def codes(x: Tensor, to: Parameters) -> Tensor | None:
     """Codes [N, K] uint8 of `x` [N, K], or None if there is only torch to find them."""
     found = _best(x, to.grid, "codes")
-    return None if found is None else found.codes(x, to)
+    return None if found is None or not _is_whole(to.zero) else found.codes(x, to)
 
 
 def values_in_blocks(x: Tensor, to: Parameters) -> Tensor | None:
@@ -60,7 +60,7 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
     Takes one scale for all of `x`, and for a matrix one for each row, column or number.
     """
     found = _best(x, grid, "values")
-    if found is None or not x.numel() or (zero is not None and zero.shape != scale.shape):
+    if found is None or not x.numel() or (zero is not None and zero.shape != scale.shape) or not _is_whole(zero):
         return None
     if scale.numel() == 1 and x.is_contiguous():
         to = Parameters(grid, scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1), (1, x.numel()))
@@ -72,6 +72,11 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
         return None
     height, width = (length if count == 1 else 1 for length, count in sides)
     return found.values(x, Parameters(grid, scale, zero, (height, width)))
+
+
+def _is_whole(zero: Tensor | None) -> bool:
+    """Whether zero points are on the grid: real ones, which only a merged adapter gives, are left to torch."""
+    return zero is None or torch.equal(zero, zero.round())
 
 
 def _best(x: Tensor, grid: Grid, what: str) -> Rounding | None:

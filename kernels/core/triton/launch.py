@@ -107,12 +107,15 @@ def padded(levels: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """What does not depend on tensors: the arguments of the kernel that describe the weight."""
+    """What does not depend on tensors: the arguments of the kernel that describe the weight.
+
+    `zero_bits` are 0 for zero points that are real numbers; `zero_stride` is in bytes, or in these.
+    """
 
     bits: int
     row_bytes: int
     zero_bits: int
-    zero_bytes: int
+    zero_stride: int
     height: int
     group: int
     counts: tuple[int, int]
@@ -125,12 +128,13 @@ def shape_of(spec: PackedSpec) -> Shape:
     weight = spec.scheme.weight
     height, group = weight.blocks.sides(spec.shape)
     counts = weight.blocks.counts(spec.shape)
-    zero_bits = weight.numbers().bits
-    bits = zero_bits if spec.layout == "dense" else 8
+    grid_bits = weight.numbers().bits
+    bits = grid_bits if spec.layout == "dense" else 8
     inner = weight.scale
     scale_group = inner.blocks.sides((1, counts[0] * counts[1]))[1] if isinstance(inner, TensorSpec) else 1
-    zero_bytes = packed_width(counts[1], zero_bits)
-    return Shape(bits, packed_width(spec.shape[1], bits), zero_bits, zero_bytes, height, group, counts, scale_group)
+    real = isinstance(weight.zero, str)
+    zero_bits, zero_stride = (0, counts[1]) if real else (grid_bits, packed_width(counts[1], grid_bits))
+    return Shape(bits, packed_width(spec.shape[1], bits), zero_bits, zero_stride, height, group, counts, scale_group)
 
 
 def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
@@ -173,7 +177,7 @@ def check(tensors: dict[str, Tensor], spec: PackedSpec) -> None:
     """Raises FormatError if a tensor is too short: a kernel reads what it is told to."""
     shape, count = shape_of(spec), spec.shape[0]
     blocks = shape.counts[0] * shape.counts[1]
-    needed = {"codes": count * shape.row_bytes, "zero": shape.counts[0] * shape.zero_bytes, "order": spec.shape[1]}
+    needed = {"codes": count * shape.row_bytes, "zero": shape.counts[0] * shape.zero_stride, "order": spec.shape[1]}
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec):
         needed |= {"scale_codes": blocks, "scale_scale": -(-blocks // shape.scale_group)}
@@ -222,10 +226,11 @@ def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec
         arguments["scale_factors"] = tensors["scale_scale"].contiguous()
     else:
         arguments["scale"] = tensors["scale"].contiguous()
+    kind = how.kind if shape.zero_bits else "shifted"  # by real zero points
     arguments |= dict(  # noqa: C408
-        N=spec.shape[0], K=spec.shape[1], row_stride=row_stride, zero_stride=shape.zero_bytes,
+        N=spec.shape[0], K=spec.shape[1], row_stride=row_stride, zero_stride=shape.zero_stride,
         scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group,
-        BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
+        BITS=shape.bits, WORDS=words, KIND=kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
         LEVEL=how.level, GROUP=shape.group, ZERO_BITS=shape.zero_bits, enable_fp_fusion=True,
     )  # fmt: skip
     return Weight(arguments, shape, words)
