@@ -1,1 +1,1 @@
-"""Fine-tuning adapters of PEFT on quantized layers: what only works because of how the weights are stored."""
+"""LoRA and its relatives on quantized models: what goes beyond stock PEFT."""
