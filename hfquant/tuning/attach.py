@@ -7,6 +7,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 
+from ..lora.check import named_targets
+from ..lora.pooled import tie_groups
 from ..recipe_file import LoraSection
 from .request import Plan
 
@@ -27,10 +29,20 @@ def lora_config(section: LoraSection, training: bool) -> LoraConfig:
 
 
 def attach(model: Any, plan: Plan) -> PeftModel:
-    """Attach the adapters of a plan to a model; what is not an adapter is frozen."""
+    """Attach the adapters of a plan to a model; what is not an adapter is frozen.
+
+    Raises SpecError if a name that the recipe gives reaches nothing, UnsupportedError for layers whose adapters could
+    not be merged as the recipe says.
+    """
     section = plan.workflow.lora
     assert section is not None
     if plan.train is not None and plan.train.checkpointing:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(plan.seed)  # adapters start with random numbers
-    return get_peft_model(model, lora_config(section, plan.train is not None))
+    adapted = get_peft_model(model, lora_config(section, plan.train is not None))
+    named_targets(adapted, section.targets)
+    if section.experts:
+        named_targets(adapted, section.experts)
+    if section.pooled:
+        tie_groups(adapted)
+    return adapted

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from .. import processes
 from ..config import HfQuantConfig
+from ..lora.pooled import merge_exact
 from ..report import Report
 from .base import Tick, load_base, quantized, remove
 from .request import Plan
@@ -52,3 +53,11 @@ def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: 
 
 def _merged(model: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+
+
+def merge_pooled(base: Path, adapter: Path, plan: Plan, folder: Path) -> None:
+    """Move adapters that read one number of each group into the zero points, and write the model to `folder`."""
+    if processes.rank() == 0:
+        model = PeftModel.from_pretrained(load_base(base, plan), str(adapter))
+        merge_exact(model).save_pretrained(folder)
+    processes.barrier()

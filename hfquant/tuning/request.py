@@ -13,7 +13,7 @@ from ..config import HfQuantConfig
 from ..data import CalibrationData, check, tokenizer_for
 from ..errors import CalibrationError, SpecError
 from ..hub import check_repository
-from ..quantize import works_on_blocks
+from ..qat import why_not
 from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection, Workflow, read_recipe
 from ..selftext import refusal
 from ..source import model_class, original_config, stored_dtype
@@ -150,11 +150,8 @@ def _config(recipe: RecipeFile, request: Request) -> HfQuantConfig | None:
     if recipe.workflow.quantize is None:
         return None
     config = HfQuantConfig.from_recipe(recipe.path, **({} if request.data is None else {"data": None}))
-    if recipe.workflow.qat is not None and works_on_blocks(config.recipe):
-        raise SpecError(
-            f"{recipe.at('quantize', 'method')}: weights are quantized anew in every step of training, and "
-            f"{config.method!r} is calibrated: choose a method that looks at the weights alone, such as int4"
-        )
+    if recipe.workflow.qat is not None and (reason := why_not(config.recipe)):
+        raise SpecError(f"{recipe.at('quantize')}: weights cannot be trained through {config.method!r}: {reason}")
     return config
 
 

@@ -16,16 +16,17 @@ from ..config import HfQuantConfig
 from ..data import kind_of
 from ..hub import push_folder
 from ..report import peak_rss_mb, versions
-from ..source import copy_companions
+from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
 from .attach import attach
 from .base import BASE, Tick, config_of, load_base, quantized
-from .exits import merge, save_adapter
+from .exits import merge, merge_pooled, save_adapter
 from .report import CURVE_NAME, TuningReport, draw, write_card
 from .request import Plan, Request, plan
 from .rows import Rows, read_rows
 from .stages import Stage, Stages
 from .state import State
+from .through import quantize_trained, train_through
 from .training import train
 
 # Where each part begins and ends in the share of the work that is reported.
@@ -85,17 +86,22 @@ class Work:
 
     def run(self) -> TuningReport:
         """Everything."""
+        work = self.plan.workflow
         with self._part("original"):
             rows, stages = self._look()
-        config = self._quantize(rows) if self.plan.config is not None else None
+        config = None if self.plan.config is None else config_of(self.plan, rows)
+        if config is not None and work.qat is not None:
+            self._train_through(config, rows, stages)
+        elif config is not None:
+            self._quantize(config)
         model = load_base(self.plan.model if config is None else self.base, self.plan)
         if config is not None:
-            self._measure(stages, "quantized", model)
-        if self.plan.workflow.lora is not None:
+            self._measure(stages, "trained" if work.qat is not None else "quantized", model)
+        if work.lora is not None:
             self._tune(model, rows, stages)
         del model
         gc.collect()
-        if config is not None and self.plan.workflow.exit == "merge":
+        if config is not None and work.exit in ("merge", "exact"):
             self._merge(config, stages)
         return self._report(stages)
 
@@ -133,13 +139,30 @@ class Work:
         stages.measure(name, model)
         self.state.note("stages", [stage.to_dict() for stage in stages.found])
 
-    def _quantize(self, rows: Rows) -> HfQuantConfig:
+    def _quantize(self, config: HfQuantConfig) -> None:
         with self._part("quantize") as tick:
-            config = config_of(self.plan, rows)
             report = quantized(self.plan.model, self.plan, config, self.base, tick)
             if report is not None:
                 self.state.note("quantization", report.to_dict())
-        return config
+
+    def _train_through(self, config: HfQuantConfig, rows: Rows, stages: Stages) -> None:
+        """All weights are trained through quantization, and then quantized."""
+        if stages.batches:
+            untrained = load_model(self.plan.model, quantization_config=config.copy(), dtype="float32")
+            self._measure(stages, "quantized", untrained)
+        trained = self.state.folder / "trained"
+        with self._part("train") as tick:
+            if "training" not in self.state.notes:
+                training, losses = train_through(self.plan, config, rows, trained, tick)
+                self._note_training(rows, training, losses)
+        with self._part("exit"):
+            if "quantization" not in self.state.notes:
+                report = quantize_trained(trained, self.plan, config, self.base)
+                self.state.note("quantization", None if report is None else report.to_dict())
+
+    def _note_training(self, rows: Rows, training: dict[str, Any], losses: list[dict[str, float]]) -> None:
+        self.state.note("losses", losses)
+        self.state.note("training", training | {"sha256": rows.sha256})
 
     def _tune(self, model: Any, rows: Rows, stages: Stages) -> None:
         """Attach adapters, train them, save them."""
@@ -150,8 +173,7 @@ class Work:
             facts = {"parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
             if self.plan.train is not None:
                 training, losses = train(adapted, rows.train, self.plan, self.state.folder / "trainer", tick)
-                self.state.note("training", training | {"sha256": rows.sha256})
-                self.state.note("losses", losses)
+                self._note_training(rows, training, losses)
                 self._measure(stages, "trained", adapted)
             place = self.plan.model if self.plan.config is None else self.plan.out.absolute() / BASE
             save_adapter(adapted, self.adapter, place)
@@ -160,8 +182,9 @@ class Work:
     def _merge(self, config: HfQuantConfig, stages: Stages) -> None:
         """Adapters become part of the quantized weights."""
         with self._part("exit") as tick:
-            report = merge(self.base, self.adapter, self.plan, config, self.merged, tick)
-            if report is not None:
+            if self.plan.workflow.exit == "exact":
+                merge_pooled(self.base, self.adapter, self.plan, self.merged)
+            elif (report := merge(self.base, self.adapter, self.plan, config, self.merged, tick)) is not None:
                 self.state.note("quantization", report.to_dict())
             self._measure(stages, "merged", load_base(self.merged, self.plan))
 

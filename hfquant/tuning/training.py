@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..distill import DistillationTrainer
 from ..errors import HfQuantError
+from ..lora.check import check_gradients
 from ..recipe_file import TrainSection
 from .request import Plan
 from .rows import collate
@@ -61,6 +63,15 @@ def steps(section: TrainSection, samples: int, workers: int) -> int:
     return max(1, math.ceil(section.epochs * samples / (section.batch_size * section.accumulate * workers)))
 
 
+class CheckAdapters(TrainerCallback):
+    """Sees in the first two steps that every adapter learns: one that does not is an error, not a shorter report."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients. Raises SpecError that names what has none."""
+        if state.global_step < 2:
+            check_gradients(kwargs["model"], state.global_step)
+
+
 class Watch(TrainerCallback):
     """Tells how the training goes, and ends it where it went wrong."""
 
@@ -87,17 +98,24 @@ class Watch(TrainerCallback):
 
 
 def train(
-    model: Any, rows: list[dict[str, Tensor]], plan: Plan, folder: Path, tick: Tick, trainer: Any = Trainer
+    model: Any, rows: list[dict[str, Tensor]], plan: Plan, folder: Path, tick: Tick, teacher: Any = None
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Train `model` on samples, from the last state in `folder` if there is one; facts, and the losses by step.
 
-    `trainer`: Trainer or a subclass. Raises HfQuantError if the training diverges.
+    `teacher`: whose predictions it learns in place of the next tokens, None for none. Raises HfQuantError if the
+    training diverges, SpecError for adapters that learn nothing.
     """
     from accelerate import PartialState
 
     workers = PartialState().num_processes
     given = arguments(plan, folder, len(rows), workers)
-    made = trainer(model, given, train_dataset=rows, data_collator=collate, callbacks=[Watch(tick)])
+    watched: list[Any] = [Watch(tick)] if plan.workflow.lora is None else [Watch(tick), CheckAdapters()]
+    parts = {"train_dataset": rows, "data_collator": collate, "callbacks": watched}
+    made = (
+        Trainer(model, given, **parts)
+        if teacher is None
+        else DistillationTrainer(model, given, teacher=teacher, **parts)
+    )
     made.remove_callback(PrinterCallback)  # the report has all that it prints
     cache, model.config.use_cache = model.config.use_cache, False
     done = made.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)

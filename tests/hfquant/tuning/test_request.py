@@ -38,7 +38,7 @@ def hollow(tmp_path) -> Path:
         ({"train": None, "lora": None}, {"data": None}, "measures, and there is no text"),
         ({"train": None, "lora": None, "evaluate": None, "quantize": {"method": "gptq"}}, {"data": None},
          "needs calibration data"),
-        ({"lora": None, "qat": {}, "quantize": {"method": "gptq"}}, {}, "line .*'gptq' is calibrated: choose"),
+        ({"lora": None, "qat": {}, "quantize": {"method": "gptq"}}, {}, "line .*cannot be trained through 'gptq'"),
         ({}, {"device": "cuda:7"}, "the device 'cuda:7' cannot be used"),
         ({}, {"push": "a/b/c"}, "'a/b/c' is no name of a repository"),
         ({"train": {"length": 512, "samples": 8}}, {"data": "few"}, "too short|one is kept back"),
