@@ -1,0 +1,297 @@
+"""How adapters start: with what quantizing took from the weights, instead of with nothing.
+
+A stock LoRA adapter adds s B A to a layer. `initialize` fills B and A so that the layer is as near to the one of the
+original model as their rank allows: by the difference of the weights alone ("loftq"), or by the difference of the
+layer's outputs for given inputs ("eora"). The adapter stays a stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..calibration_state import Tick
+from ..config import HfQuantConfig
+from ..errors import CalibrationError, SpecError, UnsupportedError
+from ..lowrank import Factors, alternate, weighted_norm
+from ..nn import PackedModule, QEmbedding
+from ..qtensor import QTensor
+from ..quantize import for_table, needs, quantize_linear
+from ..recipe import Recipe
+from ..requantize import requantize
+from ..stats import CHANNELS, HESSIAN, HISTOGRAM, InputStats, Stats
+from .inputs import as_batches, gathered
+from .original import Original, check_not_rewritten
+
+METHODS = ("loftq", "eora")
+ITERATIONS = 5  # of LoftQ, as in its paper
+_SEEN = frozenset({CHANNELS, HESSIAN})  # statistics that batches give
+
+
+@dataclass(frozen=True)
+class LayerInit:
+    """How an adapter of a layer starts.
+
+    `before`, `after`: error of the layer without and with it, relative to the layer: |E| / |W|, or with inputs
+    |E x| / |W x| (root mean squares). `iteration`: the one that was best, 0 where nothing was to be corrected; in later
+    ones than the first the base was quantized again. `tokens`: how many were seen, None without inputs.
+    """
+
+    name: str
+    rank: int
+    before: float
+    after: float
+    iteration: int
+    tokens: int | None = None
+
+    @property
+    def requantized(self) -> bool:
+        """Whether the base layer has new codes, without which the adapter is of no use."""
+        return self.iteration > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def initialize(
+    model: Any,
+    source: str | Path,
+    method: str = "loftq",
+    *,
+    iterations: int | None = None,
+    batches: Sequence[Any] | None = None,
+    adapter: str | None = None,
+    revision: str | None = None,
+    tick: Tick | None = None,
+) -> list[LayerInit]:
+    """Fill the LoRA adapter of a quantized model (PEFT's `PeftModel`) from the original weights in `source`.
+
+    `source`: the model that was quantized, in full precision: a folder, or a Hub repository at `revision`. `method`:
+
+    - "loftq" quantizes W - s B A and corrects what is left in turns, `iterations` times (5), and keeps the best. With
+      one iteration the base model stays as it is; with more its codes may change, and it has to be saved along with the
+      adapter: see `save_base`. Codes are found as the recipe says where it looks at weights alone; where it reads
+      calibration data they are found so only with `batches`, and without them, or where they are not enough (drift,
+      rotated inputs), by `hfquant.requantize` on the numbers that the layer has. That rounds to nearest, which
+      follows the error of weights, not of outputs: without batches such a layer keeps its codes and is only corrected.
+    - "eora" corrects the outputs for the inputs in `batches`, in closed form; the base model stays as it is.
+
+    `batches`: keywords of the model or token ids [B, L] int64, of text as the model is going to see it; a few thousand
+    tokens more than features are enough. With them errors are those of outputs, for "loftq" too. `adapter`: its name,
+    the active one if None. `tick` is called with a layer's name and the share that is done.
+
+    Adapters of layers that are not quantized stay as they are, and so do directions that need no correction: they start
+    as PEFT made them, with B = 0. DoRA's magnitudes follow. Returns what was found for each layer, none worse than
+    before. Raises SpecError, CalibrationError and UnsupportedError before any layer is changed where that can be known.
+    """
+    turns = _check(method, iterations, batches)
+    name = _adapter_of(model, adapter)
+    layers = _adapted(model, name, turns)
+    base = model.get_base_model()
+    config = _config_of(base)
+    check_not_rewritten(config.recipe)
+    original = Original(source, base, revision)
+    found: list[LayerInit] = []
+    for part in _parts(model, name, layers, batches):
+        for key, stats in part.items():
+            if tick is not None:
+                tick(key, len(found) / len(layers))
+            found.append(_fill(key, layers[key], name, original, config.recipe, turns, stats))
+    return found
+
+
+def _check(method: str, iterations: int | None, batches: Sequence[Any] | None) -> int:
+    """The number of iterations. Raises SpecError and CalibrationError for requests that make no sense."""
+    if method not in METHODS:
+        raise SpecError(f"method is one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if batches is not None and not len(batches):
+        raise CalibrationError("batches is empty: give some text")
+    if method == "eora":
+        if batches is None:
+            raise CalibrationError('method "eora" corrects outputs and needs inputs for that: give batches')
+        if iterations not in (None, 1):
+            raise SpecError('method "eora" leaves the base as it is: leave iterations out, or use "loftq" with batches')
+        return 1
+    turns = ITERATIONS if iterations is None else iterations
+    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
+        raise SpecError(f"iterations is a whole number, at least 1, got {iterations!r}")
+    return turns
+
+
+def _adapter_of(model: Any, asked: str | None) -> str:
+    """The adapter to fill. Raises SpecError if there is none, or several to choose from."""
+    known = getattr(model, "peft_config", None)
+    if not known or not hasattr(model, "get_base_model"):
+        raise SpecError(f"{type(model).__name__} has no adapters: attach one with peft.get_peft_model first")
+    active = list(model.active_adapters)
+    if asked is None and len(active) != 1:
+        raise SpecError(f"the active adapters are {', '.join(active) or 'none'}: say which one to fill (adapter=...)")
+    name = active[0] if asked is None else asked
+    if name not in known:
+        raise SpecError(f"there is no adapter {name!r}: there are {', '.join(known)}")
+    if active != [name]:
+        raise SpecError(f"adapter {name!r} is filled while it alone is active: call model.set_adapter({name!r}) first")
+    return name
+
+
+def _adapted(model: Any, adapter: str, turns: int) -> dict[str, Any]:
+    """PEFT's layers with that adapter on a packed one, by the name of the layer in the base model."""
+    found: dict[str, Any] = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+            continue
+        if isinstance(layer.get_base_layer(), PackedModule):
+            found[name] = layer
+            _check_layer(name, layer, adapter, turns)
+    if not found:
+        raise SpecError(
+            f"adapter {adapter!r} is on no quantized layer: load the model with an HfQuantConfig, and name layers that "
+            "it quantizes in target_modules"
+        )
+    return found
+
+
+def _check_layer(name: str, layer: Any, adapter: str, turns: int) -> None:
+    """Raise UnsupportedError or SpecError for an adapter that cannot be filled."""
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        raise UnsupportedError(f"{name} has an adapter of another kind ({type(variant).__name__}): use LoRA or DoRA")
+    if layer.merged_adapters:
+        raise SpecError(f"{name} has merged adapters ({', '.join(layer.merged_adapters)}): call unmerge_adapter first")
+    if layer.scaling[adapter] == 0:
+        raise SpecError(f"{name}: with lora_alpha=0 the adapter does nothing: give it another")
+    others = [other for other in layer.scaling if other != adapter]
+    if others and turns > 1:
+        raise SpecError(
+            f"{name} has other adapters ({', '.join(others)}), and quantizing it again would change what they were made "
+            "for: use iterations=1, which leaves the base as it is, or delete them"
+        )
+
+
+def _config_of(base: Any) -> HfQuantConfig:
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, HfQuantConfig):
+        raise SpecError(f"{type(base).__name__} was not loaded with hfquant: load it with an HfQuantConfig")
+    return config
+
+
+# Inputs.
+
+
+def _parts(
+    model: Any, adapter: str, layers: dict[str, Any], batches: Sequence[Any] | None
+) -> Iterator[dict[str, InputStats | None]]:
+    """The layers a part at a time, each with what is known of its inputs."""
+    if batches is None:
+        yield dict.fromkeys(layers)
+        return
+    if tables := [name for name, layer in layers.items() if isinstance(layer.get_base_layer(), QEmbedding)]:
+        raise UnsupportedError(
+            f"{tables[0]} is looked up and has no inputs to weigh errors by: leave it out of target_modules, or use "
+            '"loftq" without batches'
+        )
+    widths = {name: layer.get_base_layer().in_features for name, layer in layers.items()}
+    with _silenced(model, adapter, layers):
+        for part in gathered(model, layers, widths, as_batches(batches), _SEEN):
+            if unseen := [name for name, stats in part.items() if not stats.tokens]:
+                raise CalibrationError(
+                    f"no token of the batches reaches {', '.join(unseen[:4])}: give batches that do, or leave it out of "
+                    "target_modules"
+                )
+            yield dict(part)
+
+
+@contextmanager
+def _silenced(model: Any, adapter: str, layers: dict[str, Any]) -> Iterator[None]:
+    """Run in evaluation mode, with an adapter that adds nothing until it is filled."""
+    modes = {module: module.training for module in model.modules()}
+    for layer in layers.values():
+        layer.lora_B[adapter].weight.zero_()
+        _follow_magnitude(layer, adapter)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# One layer.
+
+
+def _fill(
+    name: str, layer: Any, adapter: str, original: Original, recipe: Recipe, turns: int, stats: InputStats | None
+) -> LayerInit:
+    """Correct one layer."""
+    base = layer.get_base_layer()
+    start = base.qtensor()
+    w = original.weight(name, start.shape).to(start.codes.device)
+    moment = None
+    if stats is not None:
+        assert stats.gram is not None
+        moment = (stats.gram / stats.tokens).to(w.device)
+    quantize = _quantizer(name, base, start, recipe, stats)
+    rank = layer.r[adapter]
+    made = alternate(w, start, quantize or (lambda values: start), rank, turns if quantize else 1, moment)
+    if made.q is not start:
+        base.put(made.q)
+    _put_factors(layer, adapter, made.factors)
+    error = w - made.q.dequantize() - layer.get_delta_weight(adapter).float().to(w.device)
+    size = max(weighted_norm(w, moment), torch.finfo(torch.float32).tiny)
+    errors = made.before / size, weighted_norm(error, moment) / size
+    return LayerInit(name, rank, *errors, made.iteration, None if stats is None else stats.tokens)
+
+
+def _quantizer(
+    name: str, base: PackedModule, start: QTensor, recipe: Recipe, stats: InputStats | None
+) -> Callable[[Tensor], QTensor] | None:
+    """What finds new codes for a layer on the numbers that it has, None where there is nothing better than it has."""
+    own = replace(recipe, scheme=base.spec.scheme, layout=base.spec.layout)
+    own = for_table(own) if isinstance(base, QEmbedding) else own
+    asked = needs(own) - {HISTOGRAM}  # of inputs' ranges, which stay
+    if asked and stats is None:
+        return None
+    if not asked <= _SEEN or (asked and start.rotated):
+        return lambda values: requantize(values, start)
+    facts = Stats(name, inputs=stats, grid_is_given=True)
+    none = torch.empty(0, dtype=torch.int64, device=start.codes.device)
+    columns = none if start.outliers is None else start.outliers.index.long()
+    return lambda values: quantize_linear(values, own, facts, columns, start.rotated)
+
+
+def _put_factors(layer: Any, adapter: str, factors: Factors) -> None:
+    """Let an adapter add B A; directions without any start as they were made, with B = 0."""
+    scale = float(layer.scaling[adapter])
+    share = abs(scale) ** -0.5
+    b, a = factors.b * (share if scale > 0 else -share), factors.a * share
+    empty = ~factors.a.any(dim=1)
+    if adapter in layer.lora_embedding_A:  # looked up: rows of A^T, so that A^T B^T is the change of the table
+        rows, columns = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        rows.copy_(b.T)  # 0 where there is nothing, as PEFT starts tables
+        columns[:, ~empty] = a.T[:, ~empty].to(columns)
+        return
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    up.copy_(b)
+    down[~empty] = a[~empty].to(down)
+    if (dead := empty.to(down.device) & ~down.any(dim=1)).any():  # neither factor would ever get a gradient
+        nn.init.kaiming_uniform_(fresh := torch.empty_like(down), a=5**0.5)
+        down[dead] = fresh[dead]
+    _follow_magnitude(layer, adapter)
+
+
+def _follow_magnitude(layer: Any, adapter: str) -> None:
+    """DoRA: let the magnitudes be those of the corrected weight, so that the layer computes with just that."""
+    if adapter in layer.lora_variant:
+        change = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
+        dora = layer.lora_magnitude_vector[adapter]
+        base = layer.get_base_layer().weight.to(change)
+        dora.weight.copy_(dora.get_weight_norm(base, change, layer.scaling[adapter]))
