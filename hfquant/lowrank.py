@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import SpecError
 from .qtensor import QTensor
 
-EXACT = 1024  # rows up to which directions come from a full decomposition, of a matrix of as many rows and columns
+EXACT = 1024  # rows or columns up to which directions come from a full decomposition of a matrix of that size
 _EXTRA = 16  # directions beside those asked for that an iteration for larger ones carries
 _PASSES = 6  # products with the error that it takes
 _RIDGE = 1e-12  # of the mean input power for every direction: where no input decides, the size of the error does
@@ -65,12 +65,12 @@ def best_factors(error: Tensor, rank: int, moment: Tensor | None = None) -> Fact
     With U the main left singular vectors of E H^(1/2), U U^T E H^(1/2) is its best approximation (Eckart and Young
     1936), which B A = U U^T E attains. That needs no inverse of H, which has directions without any input; there the
     correction follows E itself. The projection EoRA (Liu et al. 2024, section 3) writes with H^(-1/2) is the same where
-    H can be inverted. Beyond `EXACT` rows U is found by iteration, which ends near the smallest error.
+    H can be inverted. Beyond `EXACT` rows and columns U is found by iteration, which ends near the smallest error.
     Raises SpecError for a rank below 1.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SpecError(f"the rank of a correction is a whole number, at least 1, got {rank!r}")
-    e = error.double() if len(error) <= EXACT else error.float()
+    e = error.double() if min(error.shape) <= EXACT else error.float()
     h = None if moment is None else moment.to(e)
     if h is not None and float(trace := h.trace()) > 0:
         h = h / trace  # the directions are the same, and squares neither overflow nor vanish
@@ -81,12 +81,24 @@ def best_factors(error: Tensor, rank: int, moment: Tensor | None = None) -> Fact
 
 def _main_directions(e: Tensor, h: Tensor | None, rank: int) -> Tensor:
     """The left singular vectors [N, rank] of E H^(1/2) with the largest singular values."""
-    if len(e) <= EXACT:
-        weighed = e if h is None else e @ h
-        return torch.linalg.eigh(weighed @ e.T).eigenvectors[:, -rank:]
-    basis = _krylov(partial(_outer, e, h), len(e), rank, e)
-    small = basis.T @ _outer(e, h, basis)
-    return basis @ torch.linalg.eigh((small + small.T) / 2).eigenvectors[:, -rank:]
+    rows, features = e.shape
+    if min(rows, features) > EXACT:
+        basis = _krylov(partial(_outer, e, h), rows, rank, e)
+        return basis @ _top(basis.T @ _outer(e, h, basis), rank)
+    if rows <= features:
+        return _top((e if h is None else e @ h) @ e.T, rank)
+    weighed = e if h is None else e @ _root(h)  # right singular vectors are fewer: the left ones are their images
+    return torch.linalg.qr(weighed @ _top(weighed.T @ weighed, rank).flip(1)).Q
+
+
+def _top(symmetric: Tensor, count: int) -> Tensor:
+    """Its eigenvectors with the largest eigenvalues, the largest last."""
+    return torch.linalg.eigh((symmetric + symmetric.T) / 2).eigenvectors[:, -count:]
+
+
+def _root(h: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(h)
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def _outer(e: Tensor, h: Tensor | None, v: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from ..recipe import Recipe
 from ..requantize import requantize
 from ..stats import CHANNELS, HESSIAN, HISTOGRAM, InputStats, Stats
 from .inputs import as_batches, gathered
-from .original import Original, check_not_rewritten
+from .original import Original
+from .rewritten import Rewritten
 
 METHODS = ("loftq", "eora")
 ITERATIONS = 5  # of LoftQ, as in its paper
@@ -98,8 +99,7 @@ def initialize(
     layers = _adapted(model, name, turns)
     base = model.get_base_model()
     config = _config_of(base)
-    check_not_rewritten(config.recipe)
-    original = Original(source, base, revision)
+    original = _original(source, base, config.recipe, batches, revision)
     found: list[LayerInit] = []
     for part in _parts(model, name, layers, batches):
         for key, stats in part.items():
@@ -172,8 +172,8 @@ def _check_layer(name: str, layer: Any, adapter: str, turns: int) -> None:
     others = [other for other in layer.scaling if other != adapter]
     if others and turns > 1:
         raise SpecError(
-            f"{name} has other adapters ({', '.join(others)}), and quantizing it again would change what they were made "
-            "for: use iterations=1, which leaves the base as it is, or delete them"
+            f"{name} has other adapters ({', '.join(others)}), and quantizing it again would change what they were "
+            "made for: use iterations=1, which leaves the base as it is, or delete them"
         )
 
 
@@ -182,6 +182,15 @@ def _config_of(base: Any) -> HfQuantConfig:
     if not isinstance(config, HfQuantConfig):
         raise SpecError(f"{type(base).__name__} was not loaded with hfquant: load it with an HfQuantConfig")
     return config
+
+
+def _original(
+    source: str | Path, base: Any, recipe: Recipe, batches: Sequence[Any] | None, revision: str | None
+) -> Original:
+    """The original weights as they were when they were quantized."""
+    if not recipe.transforms:
+        return Original(source, base, revision)
+    return Rewritten(source, base, recipe, None if batches is None else as_batches(batches)[0], revision)
 
 
 # Inputs.
@@ -204,8 +213,8 @@ def _parts(
         for part in gathered(model, layers, widths, as_batches(batches), _SEEN):
             if unseen := [name for name, stats in part.items() if not stats.tokens]:
                 raise CalibrationError(
-                    f"no token of the batches reaches {', '.join(unseen[:4])}: give batches that do, or leave it out of "
-                    "target_modules"
+                    f"no token of the batches reaches {', '.join(unseen[:4])}: give batches that do, or leave it out "
+                    "of target_modules"
                 )
             yield dict(part)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError
 from ..source import original_config
 from ..weights import Weights, local_files, skeleton
 
@@ -35,27 +35,21 @@ class Original:
         """The weight [N, K] float32 of the layer `name`, of that `shape`. Raises SpecError if there is none such."""
         full = f"{name}.weight"
         wanted = {full, self.weights.ties.get(full, full)}
-        try:
-            module = self.skeleton.get_submodule(name)
-            self.weights.load(lambda parameter: parameter in wanted)
-            found = module.weight.data
-        except AttributeError as error:
-            raise SpecError(f"{self.source} has no layer {name}: give the model that the quantized one was made from") from error
-        w = (found.T if type(module).__name__ == "Conv1D" else found).contiguous()
+        self.weights.load(lambda parameter: parameter in wanted)
+        found = self._loaded(name, shape)
         self.weights.free(lambda parameter: parameter in wanted)
+        return found
+
+    def _loaded(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A copy of a weight that is in the skeleton."""
+        module = dict(self.skeleton.named_modules()).get(name)
+        found = None if module is None else module._parameters.get("weight")
+        if module is None or found is None:
+            raise SpecError(f"{self.source} has no layer {name}: give the model that the quantized one was made from")
+        w = found.data.T if type(module).__name__ == "Conv1D" else found.data
         if w.shape != shape:
             raise SpecError(
                 f"{name} has shape {tuple(w.shape)} in {self.source}, {shape} in the quantized model: give the model "
                 "that it was made from"
             )
-        return w
-
-
-def check_not_rewritten(recipe: Any) -> None:
-    """Raise UnsupportedError for a model whose weights were rewritten before they were quantized."""
-    if recipe.transforms:
-        names = ", ".join(step.name for step in recipe.transforms)
-        raise UnsupportedError(
-            f"the model was rewritten before it was quantized ({names}), so that its layers do not hold what the "
-            "original ones do: attach the adapter to a model that is quantized without transforms"
-        )
+        return w.clone(memory_format=torch.contiguous_format)
