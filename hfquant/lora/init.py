@@ -8,25 +8,24 @@ layer's outputs for given inputs ("eora"). The adapter stays a stock one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration_state import Tick
 from ..config import HfQuantConfig
 from ..errors import CalibrationError, SpecError, UnsupportedError
-from ..lowrank import Factors, alternate, weighted_norm
+from ..lowrank import alternate, weighted_norm
 from ..nn import PackedModule, QEmbedding
 from ..qtensor import QTensor
 from ..quantize import for_table, needs, quantize_linear
 from ..recipe import Recipe
 from ..requantize import requantize
 from ..stats import CHANNELS, HESSIAN, HISTOGRAM, InputStats, Stats
+from .adapters import active_adapter, adapted, put_factors, silenced
 from .inputs import as_batches, gathered
 from .original import Original
 from .rewritten import Rewritten
@@ -54,7 +53,7 @@ class LayerInit:
 
     @property
     def requantized(self) -> bool:
-        """Whether the base layer has new codes, without which the adapter is of no use."""
+        """Whether the base layer has new codes, which the adapter belongs to."""
         return self.iteration > 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,23 +79,25 @@ def initialize(
 
     - "loftq" quantizes W - s B A and corrects what is left in turns, `iterations` times (5), and keeps the best. With
       one iteration the base model stays as it is; with more its codes may change, and it has to be saved along with the
-      adapter: see `save_base`. Codes are found as the recipe says where it looks at weights alone; where it reads
-      calibration data they are found so only with `batches`, and without them, or where they are not enough (drift,
-      rotated inputs), by `hfquant.requantize` on the numbers that the layer has. That rounds to nearest, which
-      follows the error of weights, not of outputs: without batches such a layer keeps its codes and is only corrected.
+      adapter: see `adapters.save_base`.
     - "eora" corrects the outputs for the inputs in `batches`, in closed form; the base model stays as it is.
 
-    `batches`: keywords of the model or token ids [B, L] int64, of text as the model is going to see it; a few thousand
-    tokens more than features are enough. With them errors are those of outputs, for "loftq" too. `adapter`: its name,
-    the active one if None. `tick` is called with a layer's name and the share that is done.
+    `batches`: keywords of the model, or token ids [B, L] int64, of text as the model is going to see it: a few times as
+    many tokens as its widest layer has inputs. Errors are then those of outputs, for "loftq" too. `adapter`: its name,
+    None for the active one. `tick` is called with a layer's name and the share that is done.
+
+    New codes are found as the recipe says, on the numbers that the layer has. A recipe that reads calibration data gets
+    it from `batches`; where it needs more than they tell (drift, rotated inputs) `requantize` rounds to nearest
+    instead. Without `batches` such a layer keeps its codes and is only corrected: rounding to nearest lowers the error
+    of its weights and undoes what calibration did for its outputs.
 
     Adapters of layers that are not quantized stay as they are, and so do directions that need no correction: they start
     as PEFT made them, with B = 0. DoRA's magnitudes follow. Returns what was found for each layer, none worse than
     before. Raises SpecError, CalibrationError and UnsupportedError before any layer is changed where that can be known.
     """
     turns = _check(method, iterations, batches)
-    name = _adapter_of(model, adapter)
-    layers = _adapted(model, name, turns)
+    name = active_adapter(model, adapter)
+    layers = adapted(model, name, turns)
     base = model.get_base_model()
     config = _config_of(base)
     original = _original(source, base, config.recipe, batches, revision)
@@ -125,56 +126,6 @@ def _check(method: str, iterations: int | None, batches: Sequence[Any] | None) -
     if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
         raise SpecError(f"iterations is a whole number, at least 1, got {iterations!r}")
     return turns
-
-
-def _adapter_of(model: Any, asked: str | None) -> str:
-    """The adapter to fill. Raises SpecError if there is none, or several to choose from."""
-    known = getattr(model, "peft_config", None)
-    if not known or not hasattr(model, "get_base_model"):
-        raise SpecError(f"{type(model).__name__} has no adapters: attach one with peft.get_peft_model first")
-    active = list(model.active_adapters)
-    if asked is None and len(active) != 1:
-        raise SpecError(f"the active adapters are {', '.join(active) or 'none'}: say which one to fill (adapter=...)")
-    name = active[0] if asked is None else asked
-    if name not in known:
-        raise SpecError(f"there is no adapter {name!r}: there are {', '.join(known)}")
-    if active != [name]:
-        raise SpecError(f"adapter {name!r} is filled while it alone is active: call model.set_adapter({name!r}) first")
-    return name
-
-
-def _adapted(model: Any, adapter: str, turns: int) -> dict[str, Any]:
-    """PEFT's layers with that adapter on a packed one, by the name of the layer in the base model."""
-    found: dict[str, Any] = {}
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
-            continue
-        if isinstance(layer.get_base_layer(), PackedModule):
-            found[name] = layer
-            _check_layer(name, layer, adapter, turns)
-    if not found:
-        raise SpecError(
-            f"adapter {adapter!r} is on no quantized layer: load the model with an HfQuantConfig, and name layers that "
-            "it quantizes in target_modules"
-        )
-    return found
-
-
-def _check_layer(name: str, layer: Any, adapter: str, turns: int) -> None:
-    """Raise UnsupportedError or SpecError for an adapter that cannot be filled."""
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
-        raise UnsupportedError(f"{name} has an adapter of another kind ({type(variant).__name__}): use LoRA or DoRA")
-    if layer.merged_adapters:
-        raise SpecError(f"{name} has merged adapters ({', '.join(layer.merged_adapters)}): call unmerge_adapter first")
-    if layer.scaling[adapter] == 0:
-        raise SpecError(f"{name}: with lora_alpha=0 the adapter does nothing: give it another")
-    others = [other for other in layer.scaling if other != adapter]
-    if others and turns > 1:
-        raise SpecError(
-            f"{name} has other adapters ({', '.join(others)}), and quantizing it again would change what they were "
-            "made for: use iterations=1, which leaves the base as it is, or delete them"
-        )
 
 
 def _config_of(base: Any) -> HfQuantConfig:
@@ -209,7 +160,7 @@ def _parts(
             '"loftq" without batches'
         )
     widths = {name: layer.get_base_layer().in_features for name, layer in layers.items()}
-    with _silenced(model, adapter, layers):
+    with silenced(model, adapter, layers):
         for part in gathered(model, layers, widths, as_batches(batches), _SEEN):
             if unseen := [name for name, stats in part.items() if not stats.tokens]:
                 raise CalibrationError(
@@ -217,21 +168,6 @@ def _parts(
                     "of target_modules"
                 )
             yield dict(part)
-
-
-@contextmanager
-def _silenced(model: Any, adapter: str, layers: dict[str, Any]) -> Iterator[None]:
-    """Run in evaluation mode, with an adapter that adds nothing until it is filled."""
-    modes = {module: module.training for module in model.modules()}
-    for layer in layers.values():
-        layer.lora_B[adapter].weight.zero_()
-        _follow_magnitude(layer, adapter)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # One layer.
@@ -253,7 +189,7 @@ def _fill(
     made = alternate(w, start, quantize or (lambda values: start), rank, turns if quantize else 1, moment)
     if made.q is not start:
         base.put(made.q)
-    _put_factors(layer, adapter, made.factors)
+    put_factors(layer, adapter, made.factors)
     error = w - made.q.dequantize() - layer.get_delta_weight(adapter).float().to(w.device)
     size = max(weighted_norm(w, moment), torch.finfo(torch.float32).tiny)
     errors = made.before / size, weighted_norm(error, moment) / size
@@ -275,32 +211,3 @@ def _quantizer(
     none = torch.empty(0, dtype=torch.int64, device=start.codes.device)
     columns = none if start.outliers is None else start.outliers.index.long()
     return lambda values: quantize_linear(values, own, facts, columns, start.rotated)
-
-
-def _put_factors(layer: Any, adapter: str, factors: Factors) -> None:
-    """Let an adapter add B A; directions without any start as they were made, with B = 0."""
-    scale = float(layer.scaling[adapter])
-    share = abs(scale) ** -0.5
-    b, a = factors.b * (share if scale > 0 else -share), factors.a * share
-    empty = ~factors.a.any(dim=1)
-    if adapter in layer.lora_embedding_A:  # looked up: rows of A^T, so that A^T B^T is the change of the table
-        rows, columns = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        rows.copy_(b.T)  # 0 where there is nothing, as PEFT starts tables
-        columns[:, ~empty] = a.T[:, ~empty].to(columns)
-        return
-    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    up.copy_(b)
-    down[~empty] = a[~empty].to(down)
-    if (dead := empty.to(down.device) & ~down.any(dim=1)).any():  # neither factor would ever get a gradient
-        nn.init.kaiming_uniform_(fresh := torch.empty_like(down), a=5**0.5)
-        down[dead] = fresh[dead]
-    _follow_magnitude(layer, adapter)
-
-
-def _follow_magnitude(layer: Any, adapter: str) -> None:
-    """DoRA: let the magnitudes be those of the corrected weight, so that the layer computes with just that."""
-    if adapter in layer.lora_variant:
-        change = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
-        dora = layer.lora_magnitude_vector[adapter]
-        base = layer.get_base_layer().weight.to(change)
-        dora.weight.copy_(dora.get_weight_norm(base, change, layer.scaling[adapter]))

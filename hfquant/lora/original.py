@@ -37,7 +37,7 @@ class Original:
         wanted = {full, self.weights.ties.get(full, full)}
         self.weights.load(lambda parameter: parameter in wanted)
         found = self._loaded(name, shape)
-        self.weights.free(lambda parameter: parameter in wanted)
+        self.weights.free(lambda parameter: True)  # those that it is tied to as well
         return found
 
     def _loaded(self, name: str, shape: tuple[int, int]) -> Tensor:

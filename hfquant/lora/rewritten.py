@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Rewritten(Original):
         self.chain = find_chain(self.skeleton)
         targets, _ = survey(self.skeleton, [], False)
         self.targets = [target.name for target in targets]
+        self._scales: dict[str, Tensor] = {}  # a second look must not find others: layers may have new codes by then
         self._at: str | None = None
         self._steps = self._blocks()
 
@@ -125,8 +127,9 @@ class Rewritten(Original):
             return
         folds = find_folds(view, norms_only=all(step.options.get("layers") == "norm" for step in data))
         between = [fold for fold in folds if not fold.is_norm]
-        for fold in [*(fold for fold in folds if fold.is_norm), *_TURNS * between]:
-            if not apply_folds(view, [(fold, self._scale(fold))], "the scales of the quantized model"):
+        for turn, fold in [*((0, fold) for fold in folds if fold.is_norm), *product(range(_TURNS), between)]:
+            scale = self._scales.setdefault(f"{fold.name}, {turn}", self._scale(fold))
+            if not apply_folds(view, [(fold, scale)], "the scales of the quantized model"):
                 raise UnsupportedError(
                     f"{fold.name}: the scales of the quantized model do not leave the original block as it is "
                     f"({view.notes[-1]}): attach the adapter to a model that is quantized without transforms"
