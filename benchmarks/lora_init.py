@@ -3,8 +3,8 @@
 Mean token KL (nats) between the bundled model and its quantized form with a LoRA adapter on every linear layer, in
 float32 arithmetic, for three seeds: each has its own part of the held-out text, its own calibration data (64 samples of
 256 tokens from the training files), and the first 16 of these as the inputs that EoRA sees. Ratios are of the means
-over the seeds, to the same quantized model without an adapter. LoftQ takes up to 5 iterations where codes are found from
-weights alone, and keeps the codes of calibrated methods. Writes results/lora_init.json and .md.
+over the seeds, to the same quantized model without an adapter. LoftQ takes the best of 5 iterations where codes are
+found from weights alone, and keeps the codes of calibrated methods. Writes results/lora_init.json and .md.
 """
 
 from __future__ import annotations
@@ -129,19 +129,16 @@ def line(row: Row, kl: dict[str, list[float]]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result: KL without an adapter, and how much of it is left with one."""
     cells = [f"{method} {rank}" for method in METHODS for rank in RANKS]
-    out = [
-        "# KL of quantized models with adapters that were not trained",
-        "",
-        f"`{result['command']}`, means over {len(result['seeds'])} seeds of {result['tokens']} tokens each. LoftQ and EoRA",
-        "at a rank: share of the KL without an adapter that is left.",
-        "",
-        f"| model | KL | {' | '.join(cells)} |",
-        f"|---|{'---:|' * (len(cells) + 1)}",
-    ]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    out = ["# Adapters before any training", "", "Made by `benchmarks/lora_init.py`; do not edit.", ""]
+    out += [" ".join(str(__doc__).split("\n\n")[1].split()).replace(" Writes results/lora_init.json and .md.", ""), ""]
+    out += [f"| model | KL | {' | '.join(f'{cell}, ratio' for cell in cells)} |", f"|---|{'---|' * (len(cells) + 1)}"]
     for name, found in result["rows"].items():
         ratios = " | ".join(f"{found['ratio'][cell]:.3f}" for cell in cells)
         out.append(f"| {name} | {found['kl']['none']:.5f} | {ratios} |")
-    return "\n".join(out) + "\n"
+    machine = result["machine"]
+    out += ["", f"{machine['processor']}, {machine['threads']} threads; {versions}.", ""]
+    return "\n".join(out)
 
 
 if __name__ == "__main__":

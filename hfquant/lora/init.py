@@ -89,7 +89,8 @@ def initialize(
     New codes are found as the recipe says, on the numbers that the layer has. A recipe that reads calibration data gets
     it from `batches`; where it needs more than they tell (drift, rotated inputs) `requantize` rounds to nearest
     instead. Without `batches` such a layer keeps its codes and is only corrected: rounding to nearest lowers the error
-    of its weights and undoes what calibration did for its outputs.
+    of its weights and undoes what calibration did for its outputs. The aim is the original layer: what GPTAQ (drift)
+    fitted to the errors of layers before it is drawn back there.
 
     Adapters of layers that are not quantized stay as they are, and so do directions that need no correction: they start
     as PEFT made them, with B = 0. DoRA's magnitudes follow. Returns what was found for each layer, none worse than
