@@ -7,7 +7,8 @@ layer's outputs for given inputs ("eora"). The adapter stays a stock one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .rewritten import Rewritten
 
 METHODS = ("loftq", "eora")
 ITERATIONS = 5  # of LoftQ, as in its paper
+FAR = 0.95  # relative error of a weight beyond which it is hardly the one that was quantized: nothing at all has 1
 _SEEN = frozenset({CHANNELS, HESSIAN})  # statistics that batches give
 
 
@@ -103,8 +105,8 @@ def initialize(
     config = _config_of(base)
     original = _original(source, base, config.recipe, batches, revision)
     found: list[LayerInit] = []
-    for part in _parts(model, name, layers, batches):
-        for key, stats in part.items():
+    with closing(_parts(model, name, layers, batches)) as parts:
+        for key, stats in (item for part in parts for item in part.items()):
             if tick is not None:
                 tick(key, len(found) / len(layers))
             found.append(_fill(key, layers[key], name, original, config.recipe, turns, stats))
@@ -150,7 +152,7 @@ def _original(
 
 def _parts(
     model: Any, adapter: str, layers: dict[str, Any], batches: Sequence[Any] | None
-) -> Iterator[dict[str, InputStats | None]]:
+) -> Generator[dict[str, InputStats | None]]:
     """The layers a part at a time, each with what is known of its inputs."""
     if batches is None:
         yield dict.fromkeys(layers)
@@ -181,6 +183,7 @@ def _fill(
     base = layer.get_base_layer()
     start = base.qtensor()
     w = original.weight(name, start.shape).to(start.codes.device)
+    _check_related(name, w, start, original, recipe)
     moment = None
     if stats is not None:
         assert stats.gram is not None
@@ -195,6 +198,18 @@ def _fill(
     size = max(weighted_norm(w, moment), torch.finfo(torch.float32).tiny)
     errors = made.before / size, weighted_norm(error, moment) / size
     return LayerInit(name, rank, *errors, made.iteration, None if stats is None else stats.tokens)
+
+
+def _check_related(name: str, w: Tensor, q: QTensor, original: Original, recipe: Recipe) -> None:
+    """Raise SpecError for a weight that is not the one that was quantized: nothing of the same size is as far off."""
+    far = float((w - q.dequantize()).norm() / w.norm().clamp_min(1e-30))
+    if far > FAR:
+        steps = ", ".join(step.name for step in recipe.transforms)
+        rewritten = f", or the rewriting of its recipe ({steps}) cannot be followed" if steps else ""
+        raise SpecError(
+            f"{name}: the weight in {original.source} is not what the model holds (off by {far:.0%}): it was made from "
+            f"another one{rewritten}. Give the model that it was made from, or attach the adapter to a new one"
+        )
 
 
 def _quantizer(

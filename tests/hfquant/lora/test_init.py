@@ -242,10 +242,13 @@ def test_scales_of_experts_and_routers_are_read_off_too(folder, ids):
         assert float((w - model.get_submodule(layer).qtensor().dequantize()).norm() / w.norm()) < 0.3
 
 
-def test_a_model_that_was_not_made_from_the_source_is_refused(quantized, tmp_path):
+@pytest.mark.parametrize("name", ["int2", "rotated"])
+def test_a_model_that_was_not_made_from_the_source_is_refused(quantized, tmp_path, name):
     tiny_model("llama", seed=1).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="is not what the model holds"):
-        initialize(adapted(quantized("rotated"), 4, ["q_proj"]), tmp_path)
+    model = adapted(quantized(name), 4, ["q_proj"])
+    with pytest.raises(SpecError, match="is not what the model holds") as error:
+        initialize(model, tmp_path)
+    assert ("rotate" in str(error.value)) == (name == "rotated")
 
 
 # Adapters of every shape.
