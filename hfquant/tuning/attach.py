@@ -8,9 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import set_seed
 
 from ..lora.check import named_targets
+from ..lora.init import LayerInit, initialize
 from ..lora.pooled import tie_groups
 from ..recipe_file import LoraSection
+from .base import Tick
 from .request import Plan
+from .rows import Rows
 
 
 def lora_config(section: LoraSection, training: bool) -> LoraConfig:
@@ -26,6 +29,16 @@ def lora_config(section: LoraSection, training: bool) -> LoraConfig:
         task_type="CAUSAL_LM",
         inference_mode=not training,
     )
+
+
+def start(adapted: PeftModel, plan: Plan, rows: Rows, tick: Tick) -> list[LayerInit]:
+    """Let adapters begin with what quantization lost, as the recipe says; what was found for each layer."""
+    section = plan.workflow.lora
+    assert section is not None and plan.config is not None
+    how = plan.config.data
+    batches = rows.batches(how.samples, how.batch_size) or None
+    rounds = section.iterations if section.init == "loftq" else None
+    return initialize(adapted, plan.model, section.init, iterations=rounds, batches=batches, tick=tick)
 
 
 def attach(model: Any, plan: Plan) -> PeftModel:

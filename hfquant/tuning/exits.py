@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ from peft import PeftModel
 
 from .. import processes
 from ..config import HfQuantConfig
+from ..lora.adapters import save_base
 from ..lora.pooled import merge_exact
 from ..report import Report
+from ..staging import staged
 from .base import Tick, load_base, quantized, remove
 from .request import Plan
 
 NEAREST = "nearest"
+
+
+def replace_base(model: PeftModel, base: Path) -> None:
+    """Save the quantized model under adapters that it was quantized again for, in the place of what it was."""
+    with staged(base) as folder:
+        save_base(model, folder)
+        for file in base.iterdir():
+            if not (folder / file.name).exists() and "safetensors" not in file.name:
+                shutil.copy(file, folder)
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:

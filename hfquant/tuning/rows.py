@@ -35,6 +35,12 @@ class Rows:
         """The first `samples` training samples without padding, [L] each."""
         return [row["input_ids"][row["attention_mask"].bool()] for row in self.train[:samples]]
 
+    def batches(self, samples: int, size: int) -> list[dict[str, Tensor]]:
+        """The same as inputs of the model, `size` samples at a time."""
+        rows = self.train[:samples]
+        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
+
 
 def read_rows(plan: Plan, writer: Any = None) -> Rows:
     """The samples that a plan asks for; `writer`: the model, if it writes its own text.

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from .. import processes
 from ..config import HfQuantConfig
 from ..data import kind_of
@@ -18,9 +20,9 @@ from ..hub import push_folder
 from ..report import peak_rss_mb, versions
 from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
-from .attach import attach
+from .attach import attach, start
 from .base import BASE, Tick, config_of, load_base, quantized
-from .exits import merge, merge_pooled, save_adapter
+from .exits import merge, merge_pooled, replace_base, save_adapter
 from .report import CURVE_NAME, TuningReport, draw, write_card
 from .request import Plan, Request, plan
 from .rows import Rows, read_rows
@@ -169,7 +171,7 @@ class Work:
         with self._part("train") as tick:
             if "adapter" in self.state.notes:
                 return
-            adapted = attach(model, self.plan)
+            adapted = self._adapters(model, rows, stages, tick)
             facts = {"parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
             if self.plan.train is not None:
                 training, losses = train(adapted, rows.train, self.plan, self.state.folder / "trainer", tick)
@@ -178,6 +180,22 @@ class Work:
             place = self.plan.model if self.plan.config is None else self.plan.out.absolute() / BASE
             save_adapter(adapted, self.adapter, place)
             self.state.note("adapter", facts)
+
+    def _adapters(self, model: Any, rows: Rows, stages: Stages, tick: Tick) -> PeftModel:
+        """New adapters, started as the recipe says; they are kept, as the base may be quantized again around them."""
+        lora, initial = self.plan.workflow.lora, self.state.folder / "initial"
+        if "initialized" in self.state.notes:
+            return PeftModel.from_pretrained(model, str(initial), is_trainable=True)
+        adapted = attach(model, self.plan)
+        if lora is None or lora.init == "default":
+            return adapted
+        found = start(adapted, self.plan, rows, tick)
+        if processes.rank() == 0 and any(layer.requantized for layer in found):
+            replace_base(adapted, self.base)
+        save_adapter(adapted, initial, self.base)
+        self.state.note("initialized", [layer.to_dict() for layer in found])
+        self._measure(stages, "initialized", adapted)
+        return adapted
 
     def _merge(self, config: HfQuantConfig, stages: Stages) -> None:
         """Adapters become part of the quantized weights."""
@@ -199,6 +217,7 @@ class Work:
             quantization=notes.get("quantization"),
             adapter=notes.get("adapter"),
             training=notes.get("training"),
+            initialized=tuple(notes.get("initialized", ())),
             losses=tuple(notes.get("losses", ())),
             stages=tuple(stages.found),
             seconds=self.seconds,

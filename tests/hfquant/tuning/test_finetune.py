@@ -202,3 +202,57 @@ def test_the_result_is_pushed(recipe, text, tmp_path):
     }
     assert {name for name in files if name != ".gitattributes"} == set(local)
     assert all(files[name] == file.read_bytes() for name, file in local.items())
+
+
+@pytest.mark.parametrize(("method", "init"), [("nf4", "loftq"), ("gptq", "eora")])
+def test_adapters_that_start_with_what_was_lost(recipe, text, tmp_path, method, init):
+    """Nearer to the original before any training, and what is saved is what was measured: the codes changed too."""
+    quantize = {"method": method, "group_size": 64} | ({"bits": 3} if method == "gptq" else {})
+    path = recipe(quantize=quantize, lora={"init": init, "iterations": 2, "rank": 16, "dropout": 0.0}, train=None)
+    report = hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
+    stages = {stage.name: stage for stage in report.stages}
+    print({name: round(stage.fidelity.kl, 4) for name, stage in stages.items()})
+    assert list(stages) == ["original", "quantized", "initialized"]
+    assert stages["initialized"].fidelity.kl < 0.8 * stages["quantized"].fidelity.kl
+    assert report.initialized and all(layer["after"] <= layer["before"] for layer in report.initialized)
+    measured = read_rows(plan(Request(path, MODEL, tmp_path / "else", data=text))).measure
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base"), tmp_path / "out")
+    assert loss_of(model, measured) == pytest.approx(stages["initialized"].loss, abs=1e-6)
+
+
+def test_pooled_adapters_leave_without_a_loss(recipe, text, tmp_path):
+    path = recipe(lora={"pooled": True}, train={"steps": 8, "learning_rate": 0.01}, exit="exact")
+    report = hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
+    stages = {stage.name: stage.loss for stage in report.stages}
+    assert stages["trained"] < stages["quantized"] - 0.1
+    assert stages["merged"] == pytest.approx(stages["trained"], abs=1e-5)
+    measured = read_rows(plan(Request(path, MODEL, tmp_path / "else", data=text))).measure
+    assert loss_of(load(tmp_path / "out"), measured) == pytest.approx(stages["merged"], abs=1e-6)
+
+
+def test_pooled_adapters_are_refused_before_training_where_there_are_no_zero_points(recipe, text, tmp_path):
+    path = recipe(quantize={"method": "nf4"}, lora={"pooled": True}, exit="exact", evaluate=None)
+    with pytest.raises(hfquant.UnsupportedError, match="cannot be merged into zero points exactly"):
+        hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
+
+
+def test_weights_that_are_trained_through_quantization(recipe, text, tmp_path):
+    """The model that is saved is the one that was trained: quantizing it afterwards changes nothing."""
+    sections = {"quantize": {"method": "int3", "group_size": 64}, "lora": None, "qat": {"distill": True}}
+    train = {"data": "self", "samples": 16, "steps": 8, "learning_rate": 0.001, "dtype": "auto", "length": 48}
+    path = recipe(**sections, train=train, evaluate={"length": 64})
+    report = hfquant.finetune(path, MODEL, tmp_path / "out", eval_data=text)
+    stages = {stage.name: stage for stage in report.stages}
+    print({name: round(stage.fidelity.kl, 4) for name, stage in stages.items()})
+    assert list(stages) == ["original", "quantized", "trained"]
+    assert stages["trained"].fidelity.kl < 0.9 * stages["quantized"].fidelity.kl
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert hfquant.coverage(model).share > 0.8 and model.dtype == torch.bfloat16
+    assert report.quantization is not None and report.quantization["bits_per_weight"] < 3.3
+    assert report.adapter is None and report.training is not None and report.training["steps"] == 8
+
+
+def test_a_name_that_reaches_nothing_is_an_error(recipe, text, tmp_path):
+    path = recipe(lora={"targets": ["q_proj", "z_proj"]}, evaluate=None)
+    with pytest.raises(SpecError, match="z_proj"):
+        hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
