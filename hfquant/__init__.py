@@ -4,6 +4,8 @@ Importing it registers the method "hfquant" with transformers: `from_pretrained`
 checkpoints that were saved with one.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import builtin as _builtin  # noqa: F401
 from . import hf as _hf  # noqa: F401
 from .api import coverage, explain, quantize
@@ -21,6 +23,9 @@ from .errors import (
 from .kernel import use_kernel
 from .optimizing import optimize
 
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",
+    "KVCache",
     "SpecError",
     "UnsupportedError",
     "WeightError",
@@ -39,3 +45,12 @@ __all__ = [
     "quantize",
     "use_kernel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported where it is first used."""
+    if name == "KVCache":
+        from .kv_cache import KVCache
+
+        return KVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
