@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
@@ -67,8 +66,6 @@ class KVCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin with no tokens, of the shapes, dtype and device of these."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        if not self.dtype.is_floating_point or self.dtype == torch.float64:
-            raise UnsupportedError(f"keys and values are float32, bfloat16 or float16, got {self.dtype}")
         step = math.lcm(*(1 if spec is None else spec.blocks.rows for spec in self.specs))
         both = zip(self.specs, (key_states, value_states), strict=True)
         key, value = (States(spec, self.residual, step, x[:, :, :0]) for spec, x in both)
