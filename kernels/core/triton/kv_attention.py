@@ -50,7 +50,11 @@ def _packed_tile(
     else:
         number = tl.arange(0, WIDTH // GROUP)[None, :]
         group = number if EVEN else tl.where(number < groups, number, 0)
-    factor = tl.load(scale + block[:, None] * groups + group).to(tl.float32) * LEVEL
+    # A product of two 16-bit numbers is exact in float32: if the scale has the dtype, one 16-bit product is as good.
+    narrow: tl.constexpr = KIND == "integer" and dtype == scale.dtype.element_ty
+    factor = tl.load(scale + block[:, None] * groups + group)
+    if not narrow:
+        factor = factor.to(tl.float32) * LEVEL
     if zero is not None:
         offset = bits_at(zero, block[:, None] * zero_bytes, group, BITS)
     else:
@@ -69,7 +73,7 @@ def _packed_tile(
     else:
         code = bits_at(codes, token[:, None] * row_bytes, channel, BITS)
         number = numbers(code, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
-    return (number.to(tl.float32) * factor).to(dtype)
+    return number * factor if narrow else (number.to(tl.float32) * factor).to(dtype)
 
 
 @triton.jit
@@ -113,8 +117,8 @@ def attend_kernel(
     splits, M, V_WIDTH] and `ends` [B * heads, splits, 2, M] float32: sums of values, largest scores, sums.
     """
     dtype: tl.constexpr = q.dtype.element_ty
-    owner, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    batch, head = owner // heads, owner % heads
+    owner, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    batch, head, owner = (owner // heads).to(tl.int64), (owner % heads).to(tl.int64), owner.to(tl.int64)
     m = tl.arange(0, M)
     row = tl.where(m < group_rows, m, 0)  # rows that do not exist are read as the first one and not used
     of_head = head * (group_rows // queries) + row // queries
@@ -129,13 +133,13 @@ def attend_kernel(
         token = start + tl.arange(0, R)
         there = token < tokens
         place = owner * tokens + tl.where(there, token, 0)
-        k_block = place if K_ROWS == 1 else (owner * tokens + start + tl.zeros((1,), tl.int32)) // K_ROWS
+        k_block = place if K_ROWS == 1 else owner * (tokens // K_ROWS) + start // K_ROWS + tl.zeros((1,), tl.int32)
         key = _packed_tile(
             k_codes, k_words, k_table, k_scale, k_zero, place, k_block, k_width, k_bytes, k_groups, k_zero_bytes,
             K_BITS, K_KIND, K_ZERO, K_MANTISSA, K_FACTOR, K_LEVEL, K_GROUP, K_WIDTH, K_EVEN, dtype,
         )  # fmt: skip
         score = _seen(query, key, mask, masked + token[None, :], there, factor)
-        v_block = place if V_ROWS == 1 else (owner * tokens + start + tl.zeros((1,), tl.int32)) // V_ROWS
+        v_block = place if V_ROWS == 1 else owner * (tokens // V_ROWS) + start // V_ROWS + tl.zeros((1,), tl.int32)
         value = _packed_tile(
             v_codes, v_words, v_table, v_scale, v_zero, place, v_block, v_width, v_bytes, v_groups, v_zero_bytes,
             V_BITS, V_KIND, V_ZERO, V_MANTISSA, V_FACTOR, V_LEVEL, V_GROUP, V_WIDTH, V_EVEN, dtype,
@@ -162,7 +166,10 @@ def combine_kernel(
     M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One query: `part` and `ends` of all splits to `out` [B, queries, heads * H, width]; 0 where all is masked."""
-    owner, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    owner, row = tl.program_id(0), tl.program_id(1)
+    head = (owner % heads) * (group_rows // queries) + row // queries
+    place = (owner // heads * queries + row % queries).to(tl.int64) * heads * (group_rows // queries) + head
+    owner = owner.to(tl.int64)
     channel = tl.arange(0, WIDTH)
     top = tl.load(ends + owner * splits * 2 * M + row)
     total = tl.zeros((), tl.float32)
@@ -177,8 +184,6 @@ def combine_kernel(
         sums = sums * before + tl.load(part + (to * M + row) * WIDTH + channel) * now
         top = best
     found = tl.where(total == 0.0, 0.0, sums / total)
-    head = (owner % heads) * (group_rows // queries) + row // queries
-    place = ((owner // heads) * queries + row % queries) * heads * (group_rows // queries) + head
     tl.store(out + place * width + channel, found.to(out.dtype.element_ty), mask=channel < width)
 
 

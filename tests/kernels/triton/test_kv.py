@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import hfquant
+import hfquant.kv_cache
 from hfquant.blocks import Blocks
+from hfquant.errors import UnsupportedError
 from hfquant.gpu import kv as gpu
 from hfquant.kernels.triton import kv_attention, launch
 from hfquant.kernels.triton.kv_quantize import quantize
@@ -18,7 +24,7 @@ from hfquant.kv_states import Packed, quantized
 from hfquant.spec import TensorSpec
 
 from ..problems import DTYPES
-from .compiled import TARGETS, Launch, recording
+from .compiled import TARGETS, Binary, recording
 from .interpret import interpreted
 from .products import LAST, as_if_on
 
@@ -123,8 +129,83 @@ def test_attention_is_that_to_the_dequantized_tokens(dtype: torch.dtype, data: s
     assert ((found.double() - expected).abs() <= allowed).all()
 
 
+def decoded(model: LlamaForCausalLM, ids: Tensor, seen: Tensor) -> tuple[Tensor, hfquant.KVCache]:
+    """Logits of a text that is read as a prompt, one by one, and two at once; and the cache."""
+    past = hfquant.KVCache(model.config, keys="uint4", values="int8", group_size=16, residual=8)
+    ends = [40, 41, 42, 44, 45]
+    with torch.no_grad():
+        parts = [
+            model(ids[:, first:last], attention_mask=seen[:, :last], past_key_values=past).logits
+            for first, last in pairwise([0, *ends])
+        ]
+    return torch.cat(parts, 1), past
+
+
+def test_a_model_runs_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded batch with shared heads: the cache is the same to the last bit, logits up to the order of sums."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="hfquant_kv",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids, seen = torch.randint(32, (2, 45)), torch.ones(2, 45, dtype=torch.long)
+    seen[0, :5] = 0
+    expected, torch_cache = decoded(model, ids, seen)
+    monkeypatch.setattr(gpu, "why_not_here_now", lambda x: None)
+    monkeypatch.setattr(gpu, "attend", counted := Mock(side_effect=gpu.attend))
+    with interpreted():
+        found, past = decoded(model, ids, seen)
+    assert counted.call_count == 2 * 4  # layers, and calls behind the prompt
+    torch.testing.assert_close(found[seen == 1], expected[seen == 1], atol=1e-5, rtol=1e-5)
+    for mine, other in zip(past.layers, torch_cache.layers, strict=True):
+        assert torch.equal(mine.states[0].packed.tensors["codes"][1], other.states[0].packed.tensors["codes"][1])
+
+
+def why_not(**changed: Any) -> str | None:
+    """Why keys and values like these are not attended to, on a GPU that could."""
+    given = {"dtype": torch.bfloat16, "heads": 4, "queries": 1, "grid": "uint4", "blocks": Blocks(32, 1), "width": 64}
+    given |= {"mask": None} | changed
+    spec = TensorSpec(given["grid"], given["blocks"], given["grid"].startswith("uint"), "float16")
+    query = torch.empty(1, given["heads"], given["queries"], given["width"], dtype=given["dtype"])
+    return gpu.why_not_attend(query, given["heads"], spec, spec, given["width"], given["mask"])
+
+
+DECLINED: dict[str, tuple[dict[str, Any], str]] = {
+    "many queries": ({"queries": 17}, "up to 64 queries for the same keys, here 68"),
+    "mask": ({"mask": torch.zeros(1, 1, 1, 8)}, "boolean masks, not torch.float32"),
+    "tile": ({"blocks": Blocks(32, 32)}, "scales for channels of"),
+    "tokens": ({"blocks": Blocks(24, 1)}, "scales for channels of"),
+    "channels": ({"blocks": Blocks(1, 12)}, "groups of 8 channels or a larger power of two"),
+    "width": ({"width": 512}, "up to 256 channels"),
+    "range": ({"grid": "e6m1", "dtype": torch.float16}, "do not fit into float16"),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_the_kernel_does_not_take_has_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not() == "is for GPUs, the cache is on cpu"
+    monkeypatch.setattr(gpu, "why_not_here_now", lambda x: None)
+    assert why_not() is None
+    changed, what = DECLINED[name]
+    assert what in str(why_not(**changed))
+
+
+def test_a_gpu_without_kernels_says_why_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for device in (cuda, cuda, torch.device("cpu")):
+        gpu.report(device, "quantized", "has a reason")
+    assert [record.getMessage() for record in caplog.records] == [
+        "keys and values of the cache are not quantized by a kernel: it has a reason"
+    ]
+    monkeypatch.setenv("HFQUANT_STRICT", "1")
+    gpu.report(torch.device("cpu"), "quantized", "has a reason")
+    with pytest.raises(UnsupportedError, match="HFQUANT_STRICT=1 and keys and values are not quantized"):
+        gpu.report(cuda, "quantized", "has a reason")
+
+
 class On(NamedTuple):
-    """A launch of attention over 4096 packed and 130 newer tokens, for a target."""
+    """A launch of attention over 512 packed and 130 newer tokens, for a target."""
 
     target: str
     keys: TensorSpec
@@ -133,16 +214,15 @@ class On(NamedTuple):
     width: int = 128
     queries: int = 1
 
-    def launches(self) -> list[Launch]:
-        """Both quantizations, the attention to what they give, and the end of it."""
-        x = torch.empty(1, 8, 4096, self.width, dtype=self.dtype)
-        tail = x[:, :, :130].contiguous()
-        query = torch.empty(1, 32, self.queries, self.width, dtype=self.dtype)
-        mask = torch.ones(1, 1, self.queries, 4226, dtype=torch.bool)
+    def compiled(self) -> list[Binary]:
+        """Both kernels."""
+        x = torch.zeros(1, 8, 512, self.width, dtype=self.dtype)
+        query = torch.zeros(1, 32, self.queries, self.width, dtype=self.dtype)
+        mask = torch.ones(1, 1, self.queries, 642, dtype=torch.bool)
+        sides = [(spec, quantized(x, spec), x[:, :, :130].contiguous()) for spec in (self.keys, self.values)]
         with as_if_on(self.target), recording() as recorded:
-            sides = [(spec, quantize(x, spec), tail) for spec in (self.keys, self.values)]
             kv_attention.attend(query, *sides, mask, 0.1)
-        return recorded
+        return [launched.compile(self.target) for launched in recorded]
 
 
 def numbers(grid: str, *blocks: Blocks) -> tuple[TensorSpec, ...]:
@@ -150,18 +230,15 @@ def numbers(grid: str, *blocks: Blocks) -> tuple[TensorSpec, ...]:
 
 
 KIVI = (Blocks(32, 1), Blocks(1, 32))
-MATRIX = {"gfx942": "v_mfma_f32"}
 CONVERSION = r"I2F|v_cvt_f(16|32)_[iu]"
 WIDE = r"(LDG|LDGSTS)\.E.*\.(64|128)|(global|buffer)_load_dwordx[24]"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_four_bits_are_read_widely_multiplied_in_matrices_and_never_converted(target: str) -> None:
-    *quantizing, attention, combining = (
-        launch.compile(target) for launch in On(target, *numbers("uint4", *KIVI)).launches()
-    )
-    assert [binary.spilled for binary in (*quantizing, attention, combining)] == [0, 0, 0, 0]
-    assert attention.count(MATRIX.get(target, "HMMA"), attention.loop) >= 2
+    attention, combining = On(target, *numbers("uint4", *KIVI)).compiled()
+    assert (attention.spilled, combining.spilled) == (0, 0)
+    assert attention.count("v_mfma_f32" if target == "gfx942" else "HMMA", attention.loop) >= 2
     assert not attention.count(CONVERSION, attention.loop)
     assert attention.count(WIDE, attention.loop)
     assert not combining.count(r"ATOM|RED|global_atomic|buffer_atomic")
@@ -169,19 +246,29 @@ def test_four_bits_are_read_widely_multiplied_in_matrices_and_never_converted(ta
 
 OTHERS = {
     "two bits": On("sm_90", *numbers("uint2", *KIVI)),
-    "three bits": On("sm_80", *numbers("uint3", *KIVI)),
     "eight bits": On("gfx942", *numbers("int8", *KIVI), torch.float16),
     "lookup, several queries": On("sm_89", *numbers("nf4", *KIVI), queries=8),
     "floating point by token": On("sm_100", *numbers("e4m3", Blocks(1, 64), Blocks(1, -1))),
-    "float32": On("sm_80", *numbers("uint4", *KIVI), torch.float32, 64),
-    "wide heads": On("sm_90", *numbers("uint4", *KIVI), torch.bfloat16, 256),
+    "float32": On("sm_80", *numbers("uint4", *KIVI), torch.float32, 32),
+    "wide heads": On("sm_90", *numbers("uint4", *KIVI), width=256),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_numbers_do_not_spill_and_integers_are_never_converted(name: str) -> None:
-    given = OTHERS[name]
-    for launch_ in given.launches():
-        binary = launch_.compile(given.target)
+def test_other_numbers_do_not_spill_and_are_never_converted(name: str) -> None:
+    binary = OTHERS[name].compiled()[0]
+    assert binary.spilled == 0 and not binary.count(CONVERSION, binary.loop)
+
+
+@pytest.mark.parametrize(("target", "grid"), [("sm_80", "uint4"), ("sm_90", "e4m3"), ("gfx942", "uint2")])
+def test_quantizing_does_not_spill_and_converts_no_numbers(target: str, grid: str) -> None:
+    x = torch.empty(1, 8, 1024, 128, dtype=torch.bfloat16)
+    with recording() as recorded:
+        for spec in numbers(grid, *KIVI):
+            quantize(x, spec)
+    for launched in recorded:
+        binary = launched.compile(target)
         assert binary.spilled == 0
-        assert "attend" not in launch_.kernel.fn.__name__ or not binary.count(CONVERSION, binary.loop)
+        # Places are divided by way of floating point, once; of numbers each thread has 8 or more.
+        assert binary.count(r"I2F|F2I|v_cvt_f(16|32)_[iu]|v_cvt_[iu](16|32)_f") <= 8
+        assert binary.count(r"LDG\.E.*\.128|(global|buffer)_load_dwordx4"), "16 bytes a load"
