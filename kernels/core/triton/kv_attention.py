@@ -15,14 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.gpu.kv import Side
 from hfquant.packing import packed_width
+from hfquant.spec import TensorSpec
 
 from . import launch
 from .decode import bits_at, four_bits_of, from_magic, numbers
 
 LOG2E = 1.4426950408889634
 TILE = 64  # tokens at most
+
+Side = tuple[TensorSpec, dict[str, Tensor], Tensor]
+"""Keys or values: their numbers, packed tensors, and the tail [B, H, t, D] in full precision."""
 
 
 @triton.jit
