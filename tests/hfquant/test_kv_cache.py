@@ -34,9 +34,9 @@ def model() -> PreTrainedModel:
 
 @cache
 def text() -> Tensor:
-    """Token ids [4, 256] of text that the model was not trained on."""
+    """Token ids [4, 192] of text that the model was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny-llama")
-    return torch.cat(list(token_batches(tokenizer, MODELS / "heldout.txt", sequences=4, length=256)))
+    return torch.cat(list(token_batches(tokenizer, MODELS / "heldout.txt", sequences=4, length=192)))
 
 
 def generated(ids: Tensor, past: Cache | None, **options: Any) -> Tensor:
@@ -45,7 +45,7 @@ def generated(ids: Tensor, past: Cache | None, **options: Any) -> Tensor:
     seen = torch.ones_like(ids)
     seen[0, :3] = 0  # the first sequence is shorter: padded on the left
     found = model().generate(
-        ids, attention_mask=seen, past_key_values=past, min_new_tokens=30, max_new_tokens=30, **options
+        ids, attention_mask=seen, past_key_values=past, min_new_tokens=20, max_new_tokens=20, **options
     )
     return found[:, ids.shape[1] :]
 
@@ -80,28 +80,28 @@ WAYS = {
 @pytest.mark.parametrize(("way", "knows_config"), [*((way, True) for way in WAYS), ("beams", False)])
 def test_text_is_that_of_a_cache_which_quantizes_all_old_tokens_anew(way: str, knows_config: bool) -> None:
     """Batches, shared heads, padding, and sequences that go on from others: nothing is mixed up."""
-    ids = text()[:2, :70]
+    ids = text()[:2, :80]
     past = hfquant.KVCache(model().config if knows_config else None, residual=32)
     expected = generated(ids, Cache(layers=[Rebuilt(32) for _ in range(4)]), **WAYS[way])
     assert torch.equal(generated(ids, past, **WAYS[way]), expected)
-    assert past.get_seq_length() == 70 + 29
+    assert past.get_seq_length() == 80 + 19
 
 
 @pytest.mark.parametrize("way", ["sampling", "beams"])
 def test_without_quantization_nothing_changes(way: str) -> None:
     past = hfquant.KVCache(model().config, keys="none", values=None)
-    assert torch.equal(generated(text()[:2, :70], past, **WAYS[way]), generated(text()[:2, :70], None, **WAYS[way]))
+    assert torch.equal(generated(text()[:2, :80], past, **WAYS[way]), generated(text()[:2, :80], None, **WAYS[way]))
     taken, full = past.bytes()
     assert taken == full
 
 
 def test_assisted_generation_takes_back_what_was_rejected() -> None:
     """Inside of the window nothing is quantized before it is certain: the text is that of the model alone."""
-    ids, config = text()[:1, :70], model().config
+    ids, config = text()[:1, :80], model().config
     assistant = copy.deepcopy(model())
     for layer in assistant.model.layers:
         layer.mlp.up_proj.weight.data.mul_(0.7)  # one that is wrong now and then
-    options = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40}
+    options = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20}
     alone = model().generate(ids, **options)
     for exact in (hfquant.KVCache(config, keys="none", values="none"), hfquant.KVCache(config, residual=128)):
         found = model().generate(ids, past_key_values=exact, assistant_model=assistant, **options)
@@ -121,7 +121,7 @@ def logits(past: Cache | None, ids: Tensor, step: int) -> Tensor:
 @cache
 def divergence(keys: str | TensorSpec, values: str | TensorSpec) -> float:
     """KL in nats for each token, of text read 32 tokens at a time with everything older quantized."""
-    exact = logits(None, text(), 256)
+    exact = logits(None, text(), 192)
     found = logits(hfquant.KVCache(model().config, keys=keys, values=values, residual=0), text(), 32)
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
@@ -258,7 +258,7 @@ def test_options_that_make_no_sense_are_refused(name: str) -> None:
 
 def test_attention_that_reads_the_cache_itself_gives_the_same_text() -> None:
     """On a CPU it dequantizes what other attention gets dequantized."""
-    ids = text()[:2, :70]
+    ids = text()[:2, :80]
     expected = generated(ids, hfquant.KVCache(model().config, residual=32), do_sample=False)
     model().set_attn_implementation("hfquant_kv")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -52,7 +53,7 @@ def tokens(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return x.to(dtype).transpose(1, 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(WIDTHS), st.data())
 def test_tokens_are_quantized_to_the_last_bit_as_torch_does(width: int, data: st.DataObject) -> None:
     spec, dtype = data.draw(specs(width)), data.draw(st.sampled_from(DTYPES))
@@ -106,7 +107,7 @@ def exact(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scal
     return (weight @ values).transpose(1, 2), allowed.transpose(1, 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(DTYPES), st.data())
 def test_attention_is_that_to_the_dequantized_tokens(dtype: torch.dtype, data: st.DataObject) -> None:
     batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
@@ -214,15 +215,15 @@ class On(NamedTuple):
     width: int = 128
     queries: int = 1
 
-    def compiled(self) -> list[Binary]:
-        """Both kernels."""
+    def compiled(self) -> Iterator[Binary]:
+        """Attention, and what puts its parts together."""
         x = torch.zeros(1, 8, 512, self.width, dtype=self.dtype)
         query = torch.zeros(1, 32, self.queries, self.width, dtype=self.dtype)
         mask = torch.ones(1, 1, self.queries, 642, dtype=torch.bool)
         sides = [(spec, quantized(x, spec), x[:, :, :130].contiguous()) for spec in (self.keys, self.values)]
         with as_if_on(self.target), recording() as recorded:
             kv_attention.attend(query, *sides, mask, 0.1)
-        return [launched.compile(self.target) for launched in recorded]
+        return (launched.compile(self.target) for launched in recorded)
 
 
 def numbers(grid: str, *blocks: Blocks) -> tuple[TensorSpec, ...]:
@@ -245,22 +246,20 @@ def test_four_bits_are_read_widely_multiplied_in_matrices_and_never_converted(ta
 
 
 OTHERS = {
-    "two bits": On("sm_90", *numbers("uint2", *KIVI)),
+    "two bits, wide heads": On("sm_90", *numbers("uint2", *KIVI), width=256),
     "eight bits": On("gfx942", *numbers("int8", *KIVI), torch.float16),
     "lookup, several queries": On("sm_89", *numbers("nf4", *KIVI), queries=8),
     "floating point by token": On("sm_100", *numbers("e4m3", Blocks(1, 64), Blocks(1, -1))),
-    "float32": On("sm_80", *numbers("uint4", *KIVI), torch.float32, 32),
-    "wide heads": On("sm_90", *numbers("uint4", *KIVI), width=256),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_numbers_do_not_spill_and_are_never_converted(name: str) -> None:
-    binary = OTHERS[name].compiled()[0]
+    binary = next(OTHERS[name].compiled())
     assert binary.spilled == 0 and not binary.count(CONVERSION, binary.loop)
 
 
-@pytest.mark.parametrize(("target", "grid"), [("sm_80", "uint4"), ("sm_90", "e4m3"), ("gfx942", "uint2")])
+@pytest.mark.parametrize(("target", "grid"), [("sm_80", "uint4"), ("gfx942", "e4m3")])
 def test_quantizing_does_not_spill_and_converts_no_numbers(target: str, grid: str) -> None:
     x = torch.empty(1, 8, 1024, 128, dtype=torch.bfloat16)
     with recording() as recorded:
