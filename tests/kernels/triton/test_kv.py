@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +24,6 @@ from hfquant.kv_states import Packed, quantized
 from hfquant.spec import TensorSpec
 
 from ..problems import DTYPES
-from .compiled import TARGETS, Binary, recording
 from .interpret import interpreted
 from .products import LAST, as_if_on
 
@@ -203,71 +201,3 @@ def test_a_gpu_without_kernels_says_why_once(caplog: pytest.LogCaptureFixture, m
     gpu.report(torch.device("cpu"), "quantized", "has a reason")
     with pytest.raises(UnsupportedError, match="HFQUANT_STRICT=1 and keys and values are not quantized"):
         gpu.report(cuda, "quantized", "has a reason")
-
-
-class On(NamedTuple):
-    """A launch of attention over 512 packed and 130 newer tokens, for a target."""
-
-    target: str
-    keys: TensorSpec
-    values: TensorSpec
-    dtype: torch.dtype = torch.bfloat16
-    width: int = 128
-    queries: int = 1
-
-    def compiled(self) -> Iterator[Binary]:
-        """Attention, and what puts its parts together."""
-        x = torch.zeros(1, 8, 512, self.width, dtype=self.dtype)
-        query = torch.zeros(1, 32, self.queries, self.width, dtype=self.dtype)
-        mask = torch.ones(1, 1, self.queries, 642, dtype=torch.bool)
-        sides = [(spec, quantized(x, spec), x[:, :, :130].contiguous()) for spec in (self.keys, self.values)]
-        with as_if_on(self.target), recording() as recorded:
-            kv_attention.attend(query, *sides, mask, 0.1)
-        return (launched.compile(self.target) for launched in recorded)
-
-
-def numbers(grid: str, *blocks: Blocks) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(grid, block, grid.startswith("uint"), "float16") for block in blocks)
-
-
-KIVI = (Blocks(32, 1), Blocks(1, 32))
-CONVERSION = r"I2F|v_cvt_f(16|32)_[iu]"
-WIDE = r"(LDG|LDGSTS)\.E.*\.(64|128)|(global|buffer)_load_dwordx[24]"
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_four_bits_are_read_widely_multiplied_in_matrices_and_never_converted(target: str) -> None:
-    attention, combining = On(target, *numbers("uint4", *KIVI)).compiled()
-    assert (attention.spilled, combining.spilled) == (0, 0)
-    assert attention.count("v_mfma_f32" if target == "gfx942" else "HMMA", attention.loop) >= 2
-    assert not attention.count(CONVERSION, attention.loop)
-    assert attention.count(WIDE, attention.loop)
-    assert not combining.count(r"ATOM|RED|global_atomic|buffer_atomic")
-
-
-OTHERS = {
-    "two bits, wide heads": On("sm_90", *numbers("uint2", *KIVI), width=256),
-    "eight bits": On("gfx942", *numbers("int8", *KIVI), torch.float16),
-    "lookup, several queries": On("sm_89", *numbers("nf4", *KIVI), queries=8),
-    "floating point by token": On("sm_100", *numbers("e4m3", Blocks(1, 64), Blocks(1, -1))),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_numbers_do_not_spill_and_are_never_converted(name: str) -> None:
-    binary = next(OTHERS[name].compiled())
-    assert binary.spilled == 0 and not binary.count(CONVERSION, binary.loop)
-
-
-@pytest.mark.parametrize(("target", "grid"), [("sm_80", "uint4"), ("gfx942", "e4m3")])
-def test_quantizing_does_not_spill_and_converts_no_numbers(target: str, grid: str) -> None:
-    x = torch.empty(1, 8, 1024, 128, dtype=torch.bfloat16)
-    with recording() as recorded:
-        for spec in numbers(grid, *KIVI):
-            quantize(x, spec)
-    for launched in recorded:
-        binary = launched.compile(target)
-        assert binary.spilled == 0
-        # Places are divided by way of floating point, once; of numbers each thread has 8 or more.
-        assert binary.count(r"I2F|F2I|v_cvt_f(16|32)_[iu]|v_cvt_[iu](16|32)_f") <= 8
-        assert binary.count(r"LDG\.E.*\.128|(global|buffer)_load_dwordx4"), "16 bytes a load"
