@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
@@ -51,12 +52,20 @@ def tokens(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return x.to(dtype).transpose(1, 2)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from(WIDTHS), st.data())
-def test_tokens_are_quantized_to_the_last_bit_as_torch_does(width: int, data: st.DataObject) -> None:
-    spec, dtype = data.draw(specs(width)), data.draw(st.sampled_from(DTYPES))
+# Scales of float16 at both of its ends, too.
+SIZES = [("float16", 1.0), ("float16", 3e-5), ("float16", 1e7), ("bfloat16", 1.0), ("float32", 1e7)]
+
+
+@pytest.mark.parametrize(("scale", "size"), SIZES)
+@settings(max_examples=8, deadline=None)
+@given(width=st.sampled_from(WIDTHS), data=st.data())
+def test_tokens_are_quantized_to_the_last_bit_as_torch_does(
+    scale: str, size: float, width: int, data: st.DataObject
+) -> None:
+    spec, dtype = replace(data.draw(specs(width)), scale=scale), data.draw(st.sampled_from(DTYPES))
     count = spec.blocks.rows * data.draw(st.integers(1, 3))
     x = tokens(data.draw, (data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), count, width), dtype)
+    x = x * size
     specials = st.sampled_from([0.0, -0.0, 1e-42, 1e-7, 6e4, float("nan"), float("inf")])
     for special in data.draw(st.lists(specials, max_size=3)):
         x.transpose(1, 2).view(-1)[data.draw(st.integers(0, x.numel() - 1))] = special
