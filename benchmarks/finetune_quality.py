@@ -1,10 +1,11 @@
 """How much of what 16-bit LoRA learns does each recipe with adapters learn?
 
 The bundled model, which knows Python source, learns the order book of a shop (tests/models/style.py): 64 steps of 8
-samples of 128 tokens, AdamW at a constant rate of 1e-3, rank 16 on all linear layers, in float32 arithmetic, the same for
-all rows; recipes decide the rest. Measured is the loss (nats per token) on orders of another book. "learned" is the share
-of 16-bit LoRA's gain, from the original model on; "exit" the same for what the recipe leaves in the end: adapters that
-were merged, where it merges. Three seeds, each with its own books. Writes results/finetune_quality.json and .md.
+samples of 128 tokens, AdamW at a constant rate of 1e-3, rank 16 on all linear layers, in float32 arithmetic, the same
+for all rows; recipes decide the rest. Measured is the loss (nats per token) on orders of another book. "learned" is
+the share of 16-bit LoRA's gain, from the original model on; "exit" the same for what the recipe leaves in the end:
+adapters that were merged, where it merges. Three seeds, each with its own books. Writes results/finetune_quality.json
+and .md.
 """
 
 from __future__ import annotations
