@@ -44,7 +44,7 @@ def finetune_command(
     if dry_run:
         from ..tuning.forecast import forecast
 
-        _show_forecast(forecast(recipe, model, output or Path("out"), **options), json)
+        _show_forecast(forecast(recipe, model, output, **options), json)
         return
     if output is None:
         raise SpecError("name the folder to write with --output, or look first with --dry-run")
