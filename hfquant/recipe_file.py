@@ -80,7 +80,8 @@ class TrainSection(_Section):
     `samples` windows of `length` tokens. `steps`: None for `epochs` over the data. `batch_size` is of one process and
     one step, `accumulate` steps make an update. `schedule` is one of transformers' schedulers. `optimizer`:
     "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes is installed
-    and "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32.
+    and "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32, and so are weights under `qat`, where
+    it is that of the arithmetic.
     """
 
     data: StrictStr | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .. import processes
 from ..data import kind_of
 from ..preview import preview
 from ..source import empty_model
@@ -74,13 +75,11 @@ def forecast(recipe: Any, model: Any, out: Any, **options: Any) -> Forecast:
 
 def _training(chosen: Plan) -> tuple[int | None, int | None]:
     """Samples and updates, None for no training."""
-    from accelerate import PartialState
-
     if chosen.train is None or chosen.text is None:
         return None, None
     own = kind_of(chosen.text.data) == "self"
     samples = chosen.train.samples if own else len(read_rows(chosen).train)
-    return samples, steps(chosen.train, samples, PartialState().num_processes)
+    return samples, steps(chosen.train, samples, processes.world())
 
 
 def _parameters(chosen: Plan) -> int:

@@ -212,8 +212,10 @@ def _device(asked: str | None) -> torch.device:
     """The device that is asked for, or that of this process. Raises SpecError if it cannot be used."""
     from accelerate import PartialState
 
+    # Told of the CPU, it joins processes that share one; it would take them for single ones otherwise.
+    state = PartialState(cpu=asked == "cpu" or not torch.accelerator.is_available())
     if asked is None:
-        return torch.device(PartialState().device)
+        return torch.device(state.device)
     try:
         torch.empty(0, device=asked)
     except (RuntimeError, AssertionError) as error:

@@ -114,6 +114,7 @@ class Work:
         if not self.adapter.exists():
             return self.base
         if self.base.exists():
+            shutil.rmtree(self.adapter / BASE, ignore_errors=True)  # of a run that was killed in the next line
             self.base.rename(self.adapter / BASE)
         return self.adapter
 
@@ -132,6 +133,7 @@ class Work:
         rows = None if writes else read_rows(self.plan)
         original = load_base(self.plan.model, self.plan) if writes or self.plan.evaluate is not None else None
         rows = rows or read_rows(self.plan, original)
+        self.state.expect("training data", rows.sha256)
         stages = Stages(rows.measure, [Stage.from_dict(stage) for stage in self.state.notes.get("stages", [])])
         if original is not None:
             stages.start(original)

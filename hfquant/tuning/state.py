@@ -27,10 +27,7 @@ class State:
         processes.barrier()
         if found is not None:
             if changed := sorted(name for name in request if found["request"].get(name) != request[name]):
-                raise SpecError(
-                    f"{folder} holds an unfinished run with another {', '.join(changed)}: finish that one with its own "
-                    "arguments, or start over (resume=False, --no-resume)"
-                )
+                raise self._other(", ".join(changed))
             self.notes = found["notes"]
         elif processes.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -39,6 +36,18 @@ class State:
             self._write()
         self._request = request
         processes.barrier()
+
+    def expect(self, name: str, value: Any) -> None:
+        """Record a value that has to be the same to go on. Raises SpecError if it is another one than before."""
+        if self.notes.get(name, value) != value:
+            raise self._other(name)
+        self.note(name, value)
+
+    def _other(self, what: str) -> SpecError:
+        return SpecError(
+            f"{self.folder} holds an unfinished run with another {what}: finish that one with its own arguments, or "
+            "start over (resume=False, --no-resume)"
+        )
 
     def note(self, name: str, value: Any) -> None:
         """Record that `name` is finished."""

@@ -30,6 +30,8 @@ def train_through(
     section = plan.workflow.qat
     assert section is not None
     student = prepare_qat(load_base(plan.model, plan, EXACT), config)
+    if plan.train is not None and plan.train.checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     teacher = load_base(plan.model, plan, EXACT) if section.distill else None
     told = train(student, rows.train, plan, folder.with_name("trainer"), tick, teacher)
     if processes.rank() == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .. import processes
 from ..distill import DistillationTrainer
 from ..errors import HfQuantError
 from ..lora.check import check_gradients
@@ -38,8 +39,7 @@ def arguments(plan: Plan, folder: Path, samples: int, workers: int) -> TrainingA
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         optim=plan.optimizer,
-        gradient_checkpointing=section.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if section.checkpointing else None,
+        bf16=plan.workflow.qat is not None and section.dtype == "bfloat16",  # its weights stay in float32
         save_strategy="steps",
         save_steps=section.save_every,
         save_total_limit=1,
@@ -64,11 +64,12 @@ def steps(section: TrainSection, samples: int, workers: int) -> int:
 
 
 class CheckAdapters(TrainerCallback):
-    """Sees in the first two steps that every adapter learns: one that does not is an error, not a shorter report."""
+    """Sees in the first steps that every adapter learns: one that does not is an error, not a shorter report."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients. Raises SpecError that names what has none."""
-        if state.global_step < 2:
+        first = args.warmup_steps + 1  # the rate of the first step of a warmup is 0
+        if state.global_step in (0, first):
             check_gradients(kwargs["model"], state.global_step)
 
 
@@ -105,17 +106,11 @@ def train(
     `teacher`: whose predictions it learns in place of the next tokens, None for none. Raises HfQuantError if the
     training diverges, SpecError for adapters that learn nothing.
     """
-    from accelerate import PartialState
-
-    workers = PartialState().num_processes
+    workers = processes.world()
     given = arguments(plan, folder, len(rows), workers)
     watched: list[Any] = [Watch(tick)] if plan.workflow.lora is None else [Watch(tick), CheckAdapters()]
-    parts = {"train_dataset": rows, "data_collator": collate, "callbacks": watched}
-    made = (
-        Trainer(model, given, **parts)
-        if teacher is None
-        else DistillationTrainer(model, given, teacher=teacher, **parts)
-    )
+    kind, extra = (Trainer, {}) if teacher is None else (DistillationTrainer, {"teacher": teacher})
+    made = kind(model, given, train_dataset=rows, data_collator=collate, callbacks=watched, **extra)
     made.remove_callback(PrinterCallback)  # the report has all that it prints
     cache, model.config.use_cache = model.config.use_cache, False
     done = made.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)

@@ -112,6 +112,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapters(recipe, text, tmp_
     assert not (tmp_path / "out").exists()
     with pytest.raises(SpecError, match="unfinished run with another changes"):
         hfquant.finetune(path, MODEL, tmp_path / "out", data=text, max_steps=7)
+    changed = tmp_path / text.name
+    changed.write_text(text.read_text().replace("lamp", "sofa"))
+    with pytest.raises(SpecError, match="unfinished run with another training data"):
+        hfquant.finetune(path, MODEL, tmp_path / "out", data=changed)
     report = hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
     whole = finished[1]
     assert [entry["loss"] for entry in report.losses] == [entry["loss"] for entry in whole.losses]
@@ -152,8 +156,15 @@ def test_adapters_on_a_model_that_is_not_quantized(recipe, text, tmp_path):
 
 def test_a_training_that_diverges_is_ended(recipe, text, tmp_path):
     path = recipe(train={"learning_rate": 1e30, "max_grad_norm": 1e30, "dtype": "bfloat16"}, evaluate=None)
-    with pytest.raises(hfquant.HfQuantError, match=r"the loss is (nan|inf) in step .: the training diverged"):
+    with pytest.raises(hfquant.HfQuantError, match=r"the training diverged|NaN or infinite gradients"):
         hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
+
+
+def test_a_warmup_and_checkpointing(recipe, text, tmp_path):
+    """The rate of the first step is 0, so that adapters learn nothing in it: no reason for an error."""
+    train = {"warmup": 0.5, "steps": 4, "schedule": "cosine", "checkpointing": True}
+    report = hfquant.finetune(recipe(train=train, evaluate=None), MODEL, tmp_path / "out", data=text)
+    assert len(report.losses) == 4
 
 
 def test_eight_bit_optimizer_states(recipe, text, tmp_path):
@@ -172,7 +183,7 @@ def test_two_processes_learn_together(recipe, text, tmp_path):
     command = ["-m", "hfquant", "finetune", half, "--model", MODEL, "--data", text, "-o", tmp_path / "two", "--json"]
     done = subprocess.run(
         [*launch, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one of them tells
