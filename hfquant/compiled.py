@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grids import Grid
+from .grids import FloatGrid, Grid, IntGrid
 from .tables import Table
 
 
@@ -31,12 +31,14 @@ class Rounding:
 
     `why_not(x, grid, what)`: the reason why it cannot give `what`, "codes" or "values", or None. `codes(x, to)` gives
     uint8 [N, K] as `scales.encode` does, and `values(x, to)` float32 [N, K] as `scales.round_to` does, bit for bit.
+    `both(x, to)`, where there is one, gives the two of them.
     """
 
     name: str
     why_not: Callable[[Tensor, Grid, str], str | None]
     codes: Callable[[Tensor, Parameters], Tensor]
     values: Callable[[Tensor, Parameters], Tensor]
+    both: Callable[[Tensor, Parameters], tuple[Tensor, Tensor]] | None = None
 
 
 ROUNDINGS: Table[Rounding] = Table("rounding")
@@ -63,6 +65,21 @@ def values(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor 
         return None
     height, width = (length if count == 1 else 1 for length, count in zip(x.shape, scale.shape, strict=True))
     return found.values(x, Parameters(grid, scale, zero, (height, width)))
+
+
+def both(like: Tensor, grid: Grid) -> Callable[[Tensor, Parameters], tuple[Tensor, Tensor]] | None:
+    """What gives codes and values at once, of matrices of the dtype and on the device of `like`, or None."""
+    found = _best(like, grid, "codes")
+    return None if found is None else found.both
+
+
+def has_core_rounding(grid: Grid) -> bool:
+    """Whether a grid rounds as those of the core do, which is what compiled code knows."""
+    return type(grid).encode in _ENCODES and type(grid).nearest in _NEARESTS
+
+
+_ENCODES = (Grid.encode, IntGrid.encode, FloatGrid.encode)
+_NEARESTS = (Grid.nearest, IntGrid.nearest, FloatGrid.nearest)
 
 
 def _best(x: Tensor, grid: Grid, what: str) -> Rounding | None:

@@ -58,6 +58,10 @@ FLOAT32 = (Tile(16, 16, 32, 32, 4, 2, True), Tile(ANY, 32, 32, 32, 4, 2, False))
 GRAD = (Tile(64, 64, 64, 64, 4, 2, False), Tile(ANY, 128, 64, 64, 8, 2, False))
 GRAD_GATHERED = (Tile(64, 64, 32, 64, 8, 2, False), Tile(ANY, 128, 32, 64, 8, 2, False))
 
+# A matrix that is only written: numbers are float32, and those read one by one share no bytes between threads.
+DEQUANTIZE = Tile(ANY, 0, 32, 128, 4, 1, False)
+DEQUANTIZE_GATHERED = Tile(ANY, 0, 32, 64, 4, 1, False)
+
 
 def with_room(table: tuple[Tile, ...], rows: int) -> Tile:
     """The first tile of a table for an input of `rows` rows."""
@@ -73,3 +77,8 @@ def tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) 
 def grad_tile_for(architecture: str, rows: int, is_float32: bool, is_gathered: bool) -> Tile:
     """The tile for a gradient of `rows` rows."""
     return with_room(FLOAT32 if is_float32 else GRAD_GATHERED if is_gathered else GRAD, rows)
+
+
+def dequantize_tile(is_gathered: bool) -> Tile:
+    """The tile for a weight that is written as a matrix."""
+    return DEQUANTIZE_GATHERED if is_gathered else DEQUANTIZE

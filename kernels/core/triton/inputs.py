@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hfquant.grids import FloatGrid, Grid, IntGrid
 
+from .rounding import to_float
+
 ALIGNMENT = 16  # bytes of the widest load: rows of codes start at multiples of it
 
 
@@ -46,20 +48,7 @@ def _rounded(value, LOW: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, M: tl
     if E == 0:
         level = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no room for fractions
     else:
-        bits = value.to(tl.int32, bitcast=True)
-        smallest: tl.constexpr = (129 - (1 << (E - 1))) << 23  # the smallest normal number, 2^(1 - bias)
-        if M == 0:
-            # In the middle of two powers of two, the one with the even code.
-            magnitude = bits & 0x7FFFFFFF
-            odd = ((magnitude >> 23) + (1 << (E - 1))) & 1
-            power = tl.maximum((magnitude + odd + 0x3FFFFF) & 0x7F800000, smallest)
-            power = tl.where(magnitude <= smallest - (1 << 23), 0, power)
-            level = (power | (bits & -0x80000000)).to(tl.float32, bitcast=True)
-        else:
-            # A number of 1.5 * 2^23 steps leaves no room for less than one; subnormals have the smallest step.
-            binade = tl.maximum(bits & 0x7F800000, smallest)
-            shifter = (binade + (((23 - M) << 23) + 0x400000)).to(tl.float32, bitcast=True)
-            level = (value + shifter) - shifter
+        level = to_float(value, 129 - (1 << (E - 1)), M)
     return level
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +11,7 @@ from hypothesis import given, settings
 
 from hfquant.blocks import Blocks
 from hfquant.gpu import weight_only as gpu
-from hfquant.kernel import KERNELS, Kernel, choose, declined, use_kernel
+from hfquant.kernel import Kernel, declined, use_kernel
 from hfquant.kernels.triton import launch
 from hfquant.ops import linear
 from hfquant.qtensor import QTensor
@@ -21,7 +19,7 @@ from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
 from ..problems import BOUND, DTYPES, GRIDS, SUMS, assert_refuses_short, error, packed, random_weight
 from .interpret import interpreted
-from .products import LAST, as_if_on, assert_near, interpret, problems, with_outliers
+from .products import LAST, as_if_on, assert_near, interpret, problems, registered, with_outliers
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,19 +64,6 @@ def test_training_through_a_layer_takes_the_gradient_of_the_kernel(outliers: int
             linear(x, tensors, None, key).backward(upstream)
     assert used.call_count == 1 and first is not None
     torch.testing.assert_close(first, x.grad, rtol=1e-5, atol=1e-5)
-
-
-@contextmanager
-def registered(kernel: Kernel) -> Iterator[None]:
-    """A kernel in the table for the time of a test."""
-    before = KERNELS.entries()
-    KERNELS.add(kernel.name, kernel, "a test")
-    choose.cache_clear()
-    try:
-        yield
-    finally:
-        KERNELS.restore(before)
-        choose.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
