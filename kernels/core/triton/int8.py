@@ -36,49 +36,13 @@ def bytes_of(words):
 
 
 @triton.jit
-def int8_kernel(
-    a, a_scale, a_sum, codes, words, scale, x, index, count, stored_index, stored_weight, bias, y,
-    M, N, K, stored, a_stride, half, row_bytes, x_stride,
+def finished(
+    sums, token, row, a_scale, a_sum, codes, scale, x, index, count, stored_index, stored_weight, bias,
+    stored, row_bytes, x_stride,
     HALVES: tl.constexpr, LOW: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, STORED: tl.constexpr,
-    STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM, BN] of `y` [M, N].
-
-    `a` [M, a_stride] int8, `a_scale` [M] float32 and `a_sum` [M] int32 are the quantized input. A byte of `codes` [N,
-    row_bytes] becomes an int8 by turning its first bit over, which is the level that it stands for less OFFSET; `words`
-    are the same bytes, four at once, which takes a fraction of the instructions, or None. With HALVES a byte holds two
-    codes of 4 bits, which become the upper halves of int8, 16 times the levels; the input then has its even columns
-    first and its odd ones from `half` on. `scale` [N]. Columns in floating point: the first `count` in `index` (SPLIT)
-    with `x` [M, K] and levels, code + LOW; those in `stored_index` [stored] (STORED) with `x` and `stored_weight` [N,
-    stored].
-    """
-    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    tile = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
-    m = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    token = tl.where(m < M, m, 0)  # rows that do not exist are read as the first one and not written
-    row = tl.where(n < N, n, 0)
-    at = tl.arange(0, BK)
-    a_tile = a + token.to(tl.int64)[:, None] * a_stride + at[None, :]
-    b_row = row.to(tl.int64)[:, None] * row_bytes
-    sums = tl.zeros((BM, BN), tl.int32)
-    for start in range(0, row_bytes, BK):
-        inside = at < row_bytes - start
-        if words is not None:
-            place = start // 4 + tl.arange(0, BK // 4)
-            four = tl.load(words + (b_row // 4 + place[None, :]), mask=(place < row_bytes // 4)[None, :], other=0)
-            first = bytes_of((((four << 4) & -0xF0F0F10) if HALVES else four) ^ -0x7F7F7F80)
-            second = bytes_of((four & -0xF0F0F10) ^ -0x7F7F7F80) if HALVES else first
-        else:
-            byte = tl.load(codes + b_row + (start + at)[None, :], mask=inside[None, :], other=0)
-            first = ((byte << 4 if HALVES else byte) ^ 0x80).to(tl.int8, bitcast=True)
-            second = ((byte & 0xF0) ^ 0x80).to(tl.int8, bitcast=True) if HALVES else first
-        value = tl.load(a_tile + start, mask=inside[None, :], other=0)
-        sums = tl.dot(value, tl.trans(first), sums)
-        if HALVES:
-            value = tl.load(a_tile + half + start, mask=(at < K // 2 - start)[None, :], other=0)
-            sums = tl.dot(value, tl.trans(second), sums)
+    """Results float32 of all `sums` of integers: scales, columns in floating point and the bias. See `int8_kernel`."""
     if OFFSET != 0:
         sums += tl.load(a_sum + token)[:, None] * OFFSET
     total = sums.to(tl.float32) * (tl.load(a_scale + token) * (0.0625 if HALVES else 1.0))[:, None]
@@ -108,8 +72,89 @@ def int8_kernel(
             total = _product(value.to(same), weight.to(same), total, same)
     if bias is not None:
         total += tl.load(bias + row).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def int8_kernel(
+    a, words, partial,
+    a_scale, a_sum, codes, scale, x, index, count, stored_index, stored_weight, bias, y,
+    M, N, K, stored, a_stride, half, row_bytes, x_stride, part_steps,
+    HALVES: tl.constexpr, LOW: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, STORED: tl.constexpr,
+    STEP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of `y` [M, N], or with PARTS > 1 of `partial` [PARTS, M, N], sums of `part_steps` tiles.
+
+    `a` [M, a_stride] int8, `a_scale` [M] float32 and `a_sum` [M] int32 are the quantized input. A byte of `codes` [N,
+    row_bytes] becomes an int8 by turning its first bit over, which is the level that it stands for less OFFSET; `words`
+    are the same bytes, four at once, which takes a fraction of the instructions, or None. With HALVES a byte holds two
+    codes of 4 bits, which become the upper halves of int8, 16 times the levels; the input then has its even columns
+    first and its odd ones from `half` on. `scale` [N]. Columns in floating point: the first `count` in `index` (SPLIT)
+    with `x` [M, K] and levels, code + LOW; those in `stored_index` [stored] (STORED) with `x` and `stored_weight` [N,
+    stored].
+    """
+    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    token = tl.where(m < M, m, 0)  # rows that do not exist are read as the first one and not written
+    row = tl.where(n < N, n, 0)
+    at = tl.arange(0, BK)
+    a_tile = a + token.to(tl.int64)[:, None] * a_stride + at[None, :]
+    b_row = row.to(tl.int64)[:, None] * row_bytes
+    sums = tl.zeros((BM, BN), tl.int32)
+    for step in range(part * part_steps, tl.minimum(tl.cdiv(row_bytes, BK), (part + 1) * part_steps)):
+        start = step * BK
+        inside = at < row_bytes - start
+        if words is not None:
+            place = start // 4 + tl.arange(0, BK // 4)
+            four = tl.load(words + (b_row // 4 + place[None, :]), mask=(place < row_bytes // 4)[None, :], other=0)
+            first = bytes_of((((four << 4) & -0xF0F0F10) if HALVES else four) ^ -0x7F7F7F80)
+            second = bytes_of((four & -0xF0F0F10) ^ -0x7F7F7F80) if HALVES else first
+        else:
+            byte = tl.load(codes + b_row + (start + at)[None, :], mask=inside[None, :], other=0)
+            first = ((byte << 4 if HALVES else byte) ^ 0x80).to(tl.int8, bitcast=True)
+            second = ((byte & 0xF0) ^ 0x80).to(tl.int8, bitcast=True) if HALVES else first
+        value = tl.load(a_tile + start, mask=inside[None, :], other=0)
+        sums = tl.dot(value, tl.trans(first), sums)
+        if HALVES:
+            value = tl.load(a_tile + half + start, mask=(at < K // 2 - start)[None, :], other=0)
+            sums = tl.dot(value, tl.trans(second), sums)
     place = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    written = (m < M)[:, None] & (n < N)[None, :]
+    if PARTS == 1:
+        total = finished(
+            sums, token, row, a_scale, a_sum, codes, scale, x, index, count, stored_index, stored_weight, bias,
+            stored, row_bytes, x_stride, HALVES, LOW, OFFSET, SPLIT, STORED, STEP,
+        )  # fmt: skip
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
+    else:
+        tl.store(partial + part.to(tl.int64) * M * N + place, sums, mask=written)
+
+
+@triton.jit
+def finish_kernel(
+    partial,
+    a_scale, a_sum, codes, scale, x, index, count, stored_index, stored_weight, bias, y,
+    M, N, stored, row_bytes, x_stride,
+    HALVES: tl.constexpr, LOW: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, STORED: tl.constexpr,
+    STEP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of `y` [M, N] of the sums in `partial`; see `int8_kernel`. Integers: any order is exact."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    token, row = tl.where(m < M, m, 0), tl.where(n < N, n, 0)
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    written = (m < M)[:, None] & (n < N)[None, :]
+    sums = tl.zeros((BM, BN), tl.int32)
+    for part in range(PARTS):
+        sums += tl.load(partial + tl.full((1, 1), part, tl.int64) * M * N + place, mask=written, other=0)
+    total = finished(
+        sums, token, row, a_scale, a_sum, codes, scale, x, index, count, stored_index, stored_weight, bias,
+        stored, row_bytes, x_stride, HALVES, LOW, OFFSET, SPLIT, STORED, STEP,
+    )  # fmt: skip
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
 
 
 def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
@@ -140,17 +185,27 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
                 rows, input.tensor.numbers(), "int8", given=tensors.get("input_scale"), keep=apart.keep,
                 planes=halves, sums=offset != 0,
             )  # fmt: skip
-            tile = int8_tile(launch.hardware(x.device).architecture, rows.shape[0])
-            codes = tensors["codes"]
-            words = codes.view(torch.int32) if row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0 else None
-            int8_kernel[(triton.cdiv(n, tile.bn) * triton.cdiv(rows.shape[0], tile.bm),)](
-                seen.codes, seen.scale, seen.sums, codes, words, tensors["scale"], rows, apart.index, apart.count,
-                stored, tensors.get("outlier_weight"), bias, y,
-                rows.shape[0], n, k, spec.outliers, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes,
-                rows.stride(0), HALVES=halves, LOW=low, OFFSET=offset, SPLIT=apart.index is not None,
-                STORED=stored is not None, STEP=COLUMNS, BM=tile.bm, BN=tile.bn, BK=tile.bk // 2 if halves else tile.bk,
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            codes, scale, found = tensors["codes"], tensors["scale"], launch.hardware(x.device)
+            words = launch.words_of(codes, row_bytes)
+            tile = int8_tile(found.architecture, rows.shape[0])
+            step = tile.bk // 2 if halves else tile.bk
+            parts, each = launch.split(tile, step, rows.shape[0], n, row_bytes, found.processors)
+            to_finish = dict(  # noqa: C408
+                a_scale=seen.scale, a_sum=seen.sums, codes=codes, scale=scale, x=rows, index=apart.index,
+                count=apart.count, stored_index=stored, stored_weight=tensors.get("outlier_weight"), bias=bias, y=y,
+                M=rows.shape[0], N=n, stored=spec.outliers, row_bytes=row_bytes, x_stride=rows.stride(0),
+                HALVES=halves, LOW=low, OFFSET=offset, SPLIT=apart.index is not None, STORED=stored is not None,
+                STEP=COLUMNS, PARTS=parts, enable_fp_fusion=True,
             )  # fmt: skip
+            partial = torch.empty(parts, *y.shape, dtype=torch.int32, device=y.device) if parts > 1 else None
+            tiles = triton.cdiv(n, tile.bn), triton.cdiv(rows.shape[0], tile.bm)
+            int8_kernel[(tiles[0] * tiles[1], parts)](
+                seen.codes, words, partial, K=k, a_stride=seen.codes.stride(0), half=seen.codes.stride(0) // 2,
+                part_steps=each, **to_finish, BM=tile.bm, BN=tile.bn, BK=step,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            if parts > 1:
+                finish_kernel[tiles](partial, **to_finish, BM=tile.bm, BN=tile.bn, num_warps=4)
     return y.reshape(*x.shape[:-1], n)
 
 

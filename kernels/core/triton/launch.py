@@ -211,9 +211,9 @@ def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec
     if table is None and how.kind == "table":
         table = table_of(weight.grid, like.dtype, like.device)
     codes, row_stride = tensors["codes"].contiguous(), shape.row_bytes
-    words = shape.bits == 4 and spec.shape[1] % 8 == 0 and codes.data_ptr() % 4 == 0
-    if words:
-        codes, row_stride = codes.view(torch.int32), row_stride // 4
+    four = words_of(codes, row_stride) if shape.bits == 4 and spec.shape[1] % 8 == 0 else None
+    if four is not None:
+        codes, row_stride = four, row_stride // 4
     zero = tensors["zero"].contiguous() if "zero" in tensors else None
     arguments = {"codes": codes, "table": table, "zero": zero, "scale_levels": None, "scale_factors": None}
     if isinstance(weight.scale, TensorSpec):
@@ -225,10 +225,18 @@ def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec
     arguments |= dict(  # noqa: C408
         N=spec.shape[0], K=spec.shape[1], row_stride=row_stride, zero_stride=shape.zero_bytes,
         scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group,
-        BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
+        BITS=shape.bits, WORDS=four is not None, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
         LEVEL=how.level, GROUP=shape.group, ZERO_BITS=shape.zero_bits, enable_fp_fusion=True,
     )  # fmt: skip
-    return Weight(arguments, shape, words)
+    return Weight(arguments, shape, four is not None)
+
+
+def words_of(codes: Tensor, row_bytes: int) -> Tensor | None:
+    """The bytes of `codes`, which have no gaps, four at once: int32 in one dimension. None if rows do not allow it."""
+    if row_bytes % 4 or codes.data_ptr() % 4:
+        return None
+    # A single row may have any stride and still no gaps, but not be viewed as another type.
+    return codes.reshape(-1).view(torch.int32)
 
 
 def rows_of(x: Tensor, spec: PackedSpec, axis: int) -> Tensor:

@@ -64,14 +64,27 @@ def float8_of(words, M: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def scaled(sums, a_factor, b_factor, row, bias, A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, OUTSIDE: tl.constexpr):
+    """Results float32 of all `sums`: the scales that hold for whole rows, and the bias. See `levels_kernel`."""
+    if not A_GROUP:
+        sums *= tl.load(a_factor)[:, None]
+    if not B_GROUP:
+        sums *= tl.load(b_factor).to(tl.float32)[None, :]
+    sums *= OUTSIDE
+    if bias is not None:
+        sums += tl.load(bias + row).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
 def levels_kernel(
-    a, a_scale, codes, words, scale, bias, y,
-    M, N, K, a_stride, half, row_bytes, a_groups, b_groups, height,
+    a, codes, words, partial, a_scale, scale, bias, y,
+    M, N, K, a_stride, half, row_bytes, a_groups, b_groups, height, part_steps,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     MANTISSA: tl.constexpr, FACTOR: tl.constexpr, OUTSIDE: tl.constexpr, A_GROUP: tl.constexpr, B_GROUP: tl.constexpr,
-    HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HALVES: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM, BN] of `y` [M, N].
+    """One tile [BM, BN] of `y` [M, N], or with PARTS > 1 of `partial` [PARTS, M, N], sums of `part_steps` tiles each.
 
     `a` [M, a_stride] holds the input, float8 bits of A_TYPE or bfloat16 levels, `a_scale` [M, a_groups] its scales.
     `codes` [N, row_bytes] holds codes of BITS bits that KIND, ZERO, MANTISSA and FACTOR turn into levels, or float8
@@ -80,7 +93,7 @@ def levels_kernel(
     that share a scale, 0 for all; BK divides them. OUTSIDE: a factor of the result.
     """
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    tile = tl.program_id(0)
+    tile, split = tl.program_id(0), tl.program_id(1)
     tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
@@ -92,7 +105,7 @@ def levels_kernel(
     b_factor = scale + (row // height).to(tl.int64) * b_groups
     SIDE: tl.constexpr = BK // 2 if HALVES else BK  # columns of a product
     sums = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, tl.cdiv(K, BK)):
+    for step in range(split * part_steps, tl.minimum(tl.cdiv(K, BK), (split + 1) * part_steps)):
         at = step * SIDE + tl.arange(0, SIDE)
         if HALVES:
             if words is not None:
@@ -125,15 +138,34 @@ def levels_kernel(
         if B_GROUP:
             part *= tl.load(b_factor + step * BK // B_GROUP).to(tl.float32)[None, :]
         sums += part
-    if not A_GROUP:
-        sums *= tl.load(a_factor)[:, None]
-    if not B_GROUP:
-        sums *= tl.load(b_factor).to(tl.float32)[None, :]
-    sums *= OUTSIDE
-    if bias is not None:
-        sums += tl.load(bias + row).to(tl.float32)[None, :]
     place = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + place, sums.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    written = (m < M)[:, None] & (n < N)[None, :]
+    if PARTS == 1:
+        total = scaled(sums, a_factor, b_factor, row, bias, A_GROUP, B_GROUP, OUTSIDE)
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
+    else:
+        tl.store(partial + split.to(tl.int64) * M * N + place, sums, mask=written)
+
+
+@triton.jit
+def add_parts(
+    partial, a_scale, scale, bias, y, M, N, a_groups, b_groups, height,
+    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, OUTSIDE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of `y` [M, N] of the sums in `partial`, added in order; see `levels_kernel`."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    token, row = tl.where(m < M, m, 0), tl.where(n < N, n, 0)
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    written = (m < M)[:, None] & (n < N)[None, :]
+    sums = tl.zeros((BM, BN), tl.float32)
+    for split in range(PARTS):
+        sums += tl.load(partial + tl.full((1, 1), split, tl.int64) * M * N + place, mask=written, other=0.0)
+    a_factor = a_scale + token.to(tl.int64) * a_groups
+    b_factor = scale + (row // height).to(tl.int64) * b_groups
+    total = scaled(sums, a_factor, b_factor, row, bias, A_GROUP, B_GROUP, OUTSIDE)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
 
 
 def native(architecture: str) -> str | None:
@@ -179,30 +211,38 @@ def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) 
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
         return y.reshape(*x.shape[:-1], n)
-    architecture = launch.hardware(x.device).architecture
+    found = launch.hardware(x.device)
     how, outside = decoding(spec)
     a_type, b_type, halves = None, None, bits == 4
-    if spec.layout == "float8" and input.tensor.grid in FLOAT8 and (kind := native(architecture)):
+    if spec.layout == "float8" and input.tensor.grid in FLOAT8 and (kind := native(found.architecture)):
         types = FLOAT8 if kind == "numbers" else HALVED
         a_type, b_type = types[input.tensor.grid], types[weight.grid]
         outside = 1.0 if kind == "numbers" else 4.0
     codes = tensors["codes"].view(torch.uint8)
-    words = codes.view(torch.int32) if row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0 else None
+    words = launch.words_of(codes, row_bytes)
     width = input.tensor.blocks.cols if input.tensor.blocks.rows == 1 else -1
     a_group = width if 0 < width < k else 0
     b_group = sides[1] if counts[1] > 1 else 0
-    tile = levels_tile(architecture, m, b_type is not None, bool(a_group or b_group))
+    tile = levels_tile(found.architecture, m, b_type is not None, bool(a_group or b_group))
     bk = min(tile.bk, *(group for group in (a_group, b_group) if group), tile.bk)
+    parts, each = launch.split(tile, bk, m, n, k, found.processors)
+    partial = torch.empty(parts, m, n, dtype=torch.float32, device=x.device) if parts > 1 else None
     with launch.on(x.device):
         seen = quantize(
             rows, input.tensor.numbers(), "bfloat16" if a_type is None else "float8", width,
             given=tensors.get("input_scale"), whole=input.dynamic and input.tensor.blocks.rows == -1, planes=halves,
         )  # fmt: skip
-        levels_kernel[(triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm),)](
-            seen.codes, seen.scale, codes, words, tensors["scale"], bias, y,
-            m, n, k, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes, seen.scale.shape[1], counts[1],
-            sides[0], A_TYPE=a_type, B_TYPE=b_type, BITS=bits, **how, OUTSIDE=outside, A_GROUP=a_group, B_GROUP=b_group,
-            HALVES=halves, BM=tile.bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
-            enable_fp_fusion=True,
+        to_finish = dict(  # noqa: C408
+            a_scale=seen.scale, scale=tensors["scale"], bias=bias, y=y, M=m, N=n, a_groups=seen.scale.shape[1],
+            b_groups=counts[1], height=sides[0], A_GROUP=a_group, B_GROUP=b_group, OUTSIDE=outside, PARTS=parts,
+            BM=tile.bm, BN=tile.bn, enable_fp_fusion=True,
         )  # fmt: skip
+        tiles = triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm)
+        levels_kernel[(tiles[0] * tiles[1], parts)](
+            seen.codes, codes, words, partial, K=k, a_stride=seen.codes.stride(0), half=seen.codes.stride(0) // 2,
+            row_bytes=row_bytes, part_steps=each, A_TYPE=a_type, B_TYPE=b_type, BITS=bits, **how, HALVES=halves,
+            **to_finish, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if parts > 1:
+            add_parts[tiles](partial, **to_finish, num_warps=4)
     return y.reshape(*x.shape[:-1], n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .blocks import ANY, Tile, with_room
 
-SMALL = (Tile(16, 16, 64, 256, 4, 3, False), Tile(64, 64, 64, 128, 4, 3, False))
+SMALL = (Tile(16, 16, 64, 256, 4, 3, True), Tile(64, 64, 64, 128, 4, 3, True))
 INT8_AMD = (*SMALL, Tile(ANY, 128, 128, 128, 8, 2, False))
 INT8 = {
     "": (*SMALL, Tile(ANY, 128, 128, 64, 8, 3, False)),
@@ -21,20 +21,20 @@ def int8_tile(architecture: str, rows: int) -> Tile:
 # Float8 instructions of sm_90 and later take 64 rows, of earlier ones 16.
 FLOAT8 = {
     "sm_89": (
-        Tile(16, 16, 64, 128, 4, 3, False),
-        Tile(64, 64, 64, 128, 4, 3, False),
+        Tile(16, 16, 64, 128, 4, 3, True),
+        Tile(64, 64, 64, 128, 4, 3, True),
         Tile(ANY, 128, 128, 128, 8, 3, False),
     ),
     "gfx": (
-        Tile(16, 16, 64, 128, 4, 2, False),
-        Tile(64, 64, 64, 128, 4, 2, False),
+        Tile(16, 16, 64, 128, 4, 2, True),
+        Tile(64, 64, 64, 128, 4, 2, True),
         Tile(ANY, 128, 128, 128, 8, 2, False),
     ),
-    "": (Tile(64, 64, 64, 128, 4, 3, False), Tile(ANY, 128, 128, 128, 8, 3, False)),
+    "": (Tile(64, 64, 64, 128, 4, 3, True), Tile(ANY, 128, 128, 128, 8, 3, False)),
 }
 BFLOAT16 = (
-    Tile(16, 16, 64, 128, 4, 3, False),
-    Tile(64, 64, 64, 64, 4, 3, False),
+    Tile(16, 16, 64, 128, 4, 3, True),
+    Tile(64, 64, 64, 64, 4, 3, True),
     Tile(ANY, 128, 128, 32, 8, 3, False),
 )
 
