@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -96,6 +96,17 @@ def fits(grid: Grid, dtype: torch.dtype) -> bool:
 def table_of(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Level of every byte [256]; codes that the grid does not have stand for 0."""
     return padded(named(name).levels() / decoding(name, dtype).level, dtype).to(device)
+
+
+@lru_cache(maxsize=1024)
+def bytes_of(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The levels of a grid of 4 bits as `bytes_apart` gives them."""
+    return bytes_apart(table_of(name, dtype, device))
+
+
+def bytes_apart(table: Tensor) -> Tensor:
+    """The first 16 entries of a table in 16 bit as `decode.levels_of_words` reads them: [8] int32."""
+    return table[:16].view(torch.uint8).reshape(16, 2).T.contiguous().view(torch.int32).flatten()
 
 
 def padded(levels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,6 +201,11 @@ def check_lengths(tensors: dict[str, Tensor], needed: dict[str, int]) -> None:
             raise FormatError(f"a packed weight needs {least} {name}, found {found}: the checkpoint is damaged")
 
 
+def permutes(architecture: str) -> bool:
+    """Whether a GPU looks bytes up in registers by the instruction that `decode.permuted` is."""
+    return architecture.startswith("sm_")
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight as the kernels take it: arguments that all of them have, and what tiles depend on."""
@@ -208,12 +224,16 @@ def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec
     """The arguments for operands of the dtype and on the device of `like`."""
     shape, weight = shape_of(spec), spec.scheme.weight
     how = decoding(weight.grid, like.dtype)
-    if table is None and how.kind == "table":
-        table = table_of(weight.grid, like.dtype, like.device)
     codes, row_stride = tensors["codes"].contiguous(), shape.row_bytes
     four = words_of(codes, row_stride) if shape.bits == 4 and spec.shape[1] % 8 == 0 else None
     if four is not None:
         codes, row_stride = four, row_stride // 4
+        if how.kind != "integer" and like.element_size() == 2 and permutes(hardware(like.device).architecture):
+            how = replace(how, kind="permute")
+    if how.kind == "permute":
+        table = bytes_of(weight.grid, like.dtype, like.device) if table is None else bytes_apart(table)
+    elif how.kind == "table" and table is None:
+        table = table_of(weight.grid, like.dtype, like.device)
     zero = tensors["zero"].contiguous() if "zero" in tensors else None
     arguments = {"codes": codes, "table": table, "zero": zero, "scale_levels": None, "scale_factors": None}
     if isinstance(weight.scale, TensorSpec):
