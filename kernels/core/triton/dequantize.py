@@ -65,8 +65,7 @@ def columns(packed: list[Tensor], spec: PackedSpec, dtype: torch.dtype, first: i
 
 def _dequantize(tensors: dict[str, Tensor], spec: PackedSpec, out: Tensor, first: int, last: int) -> None:
     device, (n, k) = out.device, spec.shape
-    table = launch.padded(tensors["levels"], torch.float32) if "levels" in tensors else None
-    weight = launch.weight_of(tensors, table, spec, torch.empty(0, device=device))
+    weight = launch.weight_of(tensors, spec, torch.float32)
     tile = dequantize_tile(weight.is_gathered)
     wide, inside = launch.columns_of(tile.bk, weight.shape)
     tiles = triton.cdiv(last, wide) - first // wide

@@ -139,7 +139,7 @@ def project(
     n = spec.shape[0]
     count = routed.sorted.numel()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    weight = launch.weight_of(tensors, None, spec, x)
+    weight = launch.weight_of(tensors, spec, x.dtype)
     tile = tile_for(launch.hardware(x.device).architecture, routed.rows, x.dtype == torch.float32, weight.is_gathered)
     columns = launch.columns_of(tile.bk, weight.shape)[0]
     out = torch.empty(count, n, dtype=x.dtype, device=x.device)

@@ -6,6 +6,8 @@ A row whose values have no range, because one of them is NaN or infinite, gets t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -211,6 +213,16 @@ def outlying(x: Tensor, split: float | None, stored: Tensor | None) -> Outlying 
     return Outlying(keep, index, count)
 
 
+@lru_cache(maxsize=256)
+def described(grid: Grid) -> dict[str, Any]:
+    """The arguments of the kernel that say what is quantized to."""
+    if isinstance(grid, FloatGrid):
+        shift = 2.0 ** (grid.exponent_bias - (2 ** (grid.e - 1) - 1))
+        return {"LOW": float(grid.levels()[0]) * shift, "TOP": grid.top, "E": grid.e, "M": grid.m, "SHIFT": shift}
+    assert isinstance(grid, IntGrid)
+    return {"LOW": float(grid.levels()[0]), "TOP": grid.top, "E": 0, "M": 0, "SHIFT": 1.0}
+
+
 def quantize(
     x: Tensor,
     grid: Grid,
@@ -229,11 +241,6 @@ def quantize(
     and `sums`: see `Outlying` and `Quantized`. The powers of two of an unusual exponent bias go into the scale.
     """
     rows, columns = x.shape
-    e, m, shift = 0, 0, 1.0
-    if isinstance(grid, FloatGrid):
-        e, m, shift = grid.e, grid.m, 2.0 ** (grid.exponent_bias - (2 ** (grid.e - 1) - 1))
-    else:
-        assert isinstance(grid, IntGrid)
     width = columns if width == -1 else min(width, columns)
     groups = triton.cdiv(columns, width)
     padded = triton.cdiv(columns, 2 * ALIGNMENT) * 2 * ALIGNMENT
@@ -253,8 +260,8 @@ def quantize(
         )
     quantize_kernel[(triton.cdiv(rows, high) * groups,)](
         x, keep, given, codes, scale, total, rows, columns, width, groups, x.stride(0), padded, padded // 2,
-        MODE=mode, STORE=store, LOW=float(grid.levels()[0]) * shift, TOP=grid.top, E=e, M=m, SHIFT=shift,
-        KEEP=keep is not None, PLANES=planes, SUMS=sums, ONCE=block >= width, ROWS=high, COLUMNS=block,
+        MODE=mode, STORE=store, **described(grid), KEEP=keep is not None, PLANES=planes, SUMS=sums,
+        ONCE=block >= width, ROWS=high, COLUMNS=block,
         num_warps=min(8, max(1, high * block // 512)),  # 16 bytes of 16-bit numbers a thread, on AMD, too
         enable_fp_fusion=False,
     )  # fmt: skip

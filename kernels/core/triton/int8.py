@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfquant.grids import Grid
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
 from . import launch
 from .inputs import Outlying, outlying, quantize
+from .plans import Plan, Plans
 from .quantized_tiles import int8_tile
 
 COLUMNS = 32  # of one step over columns in floating point
@@ -157,56 +159,82 @@ def finish_kernel(
     tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
 
 
-def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
-    """y [..., N] in the dtype of `x` [..., K].
+def bind(packed: list[Tensor], spec: PackedSpec) -> launch.Bound:
+    """(x [..., K], packed, bias) -> y [..., N] in the dtype of `x`, for one weight.
 
-    Raises FormatError if there are fewer codes, scales or outlier columns than the shape needs, RuntimeError, as torch
-    does, if the shapes do not fit.
+    Raises FormatError if there are fewer codes, scales or outlier columns than the shape needs; what it gives raises
+    RuntimeError, as torch does, if the shapes do not fit.
     """
-    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
-    assert input is not None
-    weight = spec.scheme.weight.numbers()
-    halves = spec.layout == "dense"
-    row_bytes = packed_width(k, 4 if halves else 8)
-    needed = {"codes": n * row_bytes, "scale": n, "order": k, "input_scale": 1}
+    (n, k), halves = spec.shape, spec.layout == "dense"
+    needed = {"codes": n * packed_width(k, 4 if halves else 8), "scale": n, "order": k, "input_scale": 1}
     needed |= {"outlier_index": spec.outliers, "outlier_weight": n * spec.outliers}
-    launch.check_lengths(tensors, needed)
-    rows = rows_of(x, k)
-    if "order" in tensors:
-        rows = rows.index_select(-1, tensors["order"])
-    y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
-    if rows.shape[0]:
-        low = int(weight.levels()[0])
-        offset = 16 * (low + 8) if halves else low + 128
-        stored = tensors.get("outlier_index")
-        with launch.on(x.device):
-            apart = outlying(rows, input.split, stored) or Outlying(None)
-            seen = quantize(
-                rows, input.tensor.numbers(), "int8", given=tensors.get("input_scale"), keep=apart.keep,
-                planes=halves, sums=offset != 0,
-            )  # fmt: skip
-            codes, scale, found = tensors["codes"], tensors["scale"], launch.hardware(x.device)
-            words = launch.words_of(codes, row_bytes)
-            tile = int8_tile(found.architecture, rows.shape[0])
-            step = tile.bk // 2 if halves else tile.bk
-            parts, each = launch.split(tile, step, rows.shape[0], n, row_bytes, found.processors)
-            to_finish = dict(  # noqa: C408
-                a_scale=seen.scale, a_sum=seen.sums, codes=codes, scale=scale, x=rows, index=apart.index,
-                count=apart.count, stored_index=stored, stored_weight=tensors.get("outlier_weight"), bias=bias, y=y,
-                M=rows.shape[0], N=n, stored=spec.outliers, row_bytes=row_bytes, x_stride=rows.stride(0),
-                HALVES=halves, LOW=low, OFFSET=offset, SPLIT=apart.index is not None, STORED=stored is not None,
-                STEP=COLUMNS, PARTS=parts, enable_fp_fusion=True,
-            )  # fmt: skip
-            partial = torch.empty(parts, *y.shape, dtype=torch.int32, device=y.device) if parts > 1 else None
-            tiles = triton.cdiv(n, tile.bn), triton.cdiv(rows.shape[0], tile.bm)
-            int8_kernel[(tiles[0] * tiles[1], parts)](
-                seen.codes, words, partial, K=k, a_stride=seen.codes.stride(0), half=seen.codes.stride(0) // 2,
-                part_steps=each, **to_finish, BM=tile.bm, BN=tile.bn, BK=step,
-                num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-            if parts > 1:
-                finish_kernel[tiles](partial, **to_finish, BM=tile.bm, BN=tile.bn, num_warps=4)
-    return y.reshape(*x.shape[:-1], n)
+    launch.check_lengths(dict(zip(spec.names, packed, strict=True)), needed)
+    plans = Plans(lambda m, device: plan_of(spec, m, launch.hardware(device)))
+    input = spec.scheme.input
+    assert input is not None
+    grid, split = input.tensor.numbers(), input.split
+
+    def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
+        tensors, rows = named(packed, spec), rows_of(x, k)
+        if "order" in tensors:
+            rows = rows.index_select(-1, tensors["order"])
+        y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
+        if rows.shape[0]:
+            product(rows, tensors, bias, y, grid, split, plans.get(rows.shape[0], x.device))
+        return y.reshape(*x.shape[:-1], n)
+
+    return run
+
+
+def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] in the dtype of `x` [..., K]. Raises like `bind` and what it gives."""
+    return bind(packed, spec)(x, packed, bias)
+
+
+def plan_of(spec: PackedSpec, m: int, found: launch.Hardware) -> Plan:
+    """The launch for `m` rows."""
+    (n, k), halves, input = spec.shape, spec.layout == "dense", spec.scheme.input
+    assert input is not None
+    low, row_bytes = int(spec.scheme.weight.numbers().levels()[0]), packed_width(k, 4 if halves else 8)
+    tile = int8_tile(found.architecture, m)
+    step = tile.bk // 2 if halves else tile.bk
+    parts, each = launch.split(tile, step, m, n, row_bytes, found.processors)
+    both = {
+        "M": m, "N": n, "stored": spec.outliers, "row_bytes": row_bytes, "HALVES": halves, "LOW": low,
+        "OFFSET": 16 * (low + 8) if halves else low + 128, "SPLIT": input.split is not None,
+        "STORED": "outlier_index" in spec.names, "STEP": COLUMNS, "PARTS": parts, "BM": tile.bm, "BN": tile.bn,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    alone = {"K": k, "part_steps": each, "BK": step, "num_warps": tile.warps, "num_stages": tile.stages}
+    return Plan((triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm)), parts, row_bytes % 4 == 0, both | alone, both)
+
+
+def product(
+    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, grid: Grid, split: float | None,
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Write `y` [M, N] for `rows` [M, K], M > 0, in the stored order of columns."""
+    codes, stored, halves = tensors["codes"], tensors.get("outlier_index"), plan.arguments["HALVES"]
+    parts = plan.splits
+    with launch.on(y.device):
+        apart = outlying(rows, split, stored) or Outlying(None)
+        seen = quantize(
+            rows, grid, "int8", given=tensors.get("input_scale"), keep=apart.keep, planes=halves,
+            sums=plan.arguments["OFFSET"] != 0,
+        )  # fmt: skip
+        given = {
+            "a_scale": seen.scale, "a_sum": seen.sums, "codes": codes, "scale": tensors["scale"], "x": rows,
+            "index": apart.index, "count": apart.count, "stored_index": stored,
+            "stored_weight": tensors.get("outlier_weight"), "bias": bias, "y": y, "x_stride": rows.stride(0),
+        }  # fmt: skip
+        words = launch.words_of(codes) if plan.words and codes.data_ptr() % 4 == 0 else None
+        partial = torch.empty(parts, *y.shape, dtype=torch.int32, device=y.device) if parts > 1 else None
+        stride = seen.codes.stride(0)
+        int8_kernel[(plan.grid[0] * plan.grid[1], parts)](
+            seen.codes, words, partial, a_stride=stride, half=stride // 2, **given, **plan.arguments
+        )
+        if parts > 1:
+            finish_kernel[plan.grid](partial, **given, **plan.finish, num_warps=4)
 
 
 def named(packed: list[Tensor], spec: PackedSpec) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.grids import FloatGrid, IntGrid
+from hfquant.grids import FloatGrid, Grid, IntGrid
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
@@ -22,6 +22,7 @@ from . import launch
 from .decode import bits_at
 from .inputs import quantize
 from .int8 import bytes_of, named, rows_of
+from .plans import Plan, Plans
 from .quantized_tiles import levels_tile
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
@@ -189,60 +190,91 @@ def decoding(spec: PackedSpec) -> tuple[dict[str, Any], float]:
     return how, 2.0 ** (usual - grid.exponent_bias)
 
 
-def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
-    """y [..., N] in the dtype of `x` [..., K].
+def bind(packed: list[Tensor], spec: PackedSpec) -> launch.Bound:
+    """(x [..., K], packed, bias) -> y [..., N] in the dtype of `x`, for one weight.
 
-    Raises FormatError if there are fewer codes or scales than the shape needs, RuntimeError, as torch does, if the
-    shapes do not fit.
+    Raises FormatError if there are fewer codes or scales than the shape needs; what it gives raises RuntimeError, as
+    torch does, if the shapes do not fit.
     """
-    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
+    (n, k), input, blocks = spec.shape, spec.scheme.input, spec.scheme.weight.blocks
     assert input is not None
-    weight = spec.scheme.weight
-    counts, sides = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape)
-    bits = weight.numbers().bits if spec.layout == "dense" else 8
-    row_bytes = packed_width(k, bits)
-    launch.check_lengths(
-        tensors, {"codes": n * row_bytes, "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
-    )
-    rows = rows_of(x, k)
-    if "order" in tensors:
-        rows = rows.index_select(-1, tensors["order"])
-    m = rows.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m == 0:
+    counts = blocks.counts(spec.shape)
+    needed = {"codes": n * row_bytes_of(spec), "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
+    launch.check_lengths(dict(zip(spec.names, packed, strict=True)), needed)
+    plans = Plans(lambda m, device: plan_of(spec, m, launch.hardware(device)))
+    seen = input.tensor.blocks
+    how = {"width": seen.cols if seen.rows == 1 else -1, "whole": input.dynamic and seen.rows == -1}
+    grid = input.tensor.numbers()
+
+    def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
+        tensors, rows = named(packed, spec), rows_of(x, k)
+        if "order" in tensors:
+            rows = rows.index_select(-1, tensors["order"])
+        y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
+        if rows.shape[0]:
+            product(rows, tensors, bias, y, grid, how, plans.get(rows.shape[0], x.device))
         return y.reshape(*x.shape[:-1], n)
-    found = launch.hardware(x.device)
+
+    return run
+
+
+def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] in the dtype of `x` [..., K]. Raises like `bind` and what it gives."""
+    return bind(packed, spec)(x, packed, bias)
+
+
+def row_bytes_of(spec: PackedSpec) -> int:
+    """Bytes of a row of codes."""
+    return packed_width(spec.shape[1], spec.scheme.weight.numbers().bits if spec.layout == "dense" else 8)
+
+
+def plan_of(spec: PackedSpec, m: int, found: launch.Hardware) -> Plan:
+    """The launch for `m` rows."""
+    (n, k), weight, input = spec.shape, spec.scheme.weight, spec.scheme.input
+    assert input is not None
+    counts, sides, row_bytes = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape), row_bytes_of(spec)
+    bits = weight.numbers().bits if spec.layout == "dense" else 8
     how, outside = decoding(spec)
-    a_type, b_type, halves = None, None, bits == 4
+    a_type, b_type = None, None
     if spec.layout == "float8" and input.tensor.grid in FLOAT8 and (kind := native(found.architecture)):
         types = FLOAT8 if kind == "numbers" else HALVED
         a_type, b_type = types[input.tensor.grid], types[weight.grid]
         outside = 1.0 if kind == "numbers" else 4.0
-    codes = tensors["codes"].view(torch.uint8)
-    words = launch.words_of(codes, row_bytes)
     width = input.tensor.blocks.cols if input.tensor.blocks.rows == 1 else -1
     a_group = width if 0 < width < k else 0
     b_group = sides[1] if counts[1] > 1 else 0
     tile = levels_tile(found.architecture, m, b_type is not None, bool(a_group or b_group))
     bk = min(tile.bk, *(group for group in (a_group, b_group) if group), tile.bk)
     parts, each = launch.split(tile, bk, m, n, k, found.processors)
-    partial = torch.empty(parts, m, n, dtype=torch.float32, device=x.device) if parts > 1 else None
-    with launch.on(x.device):
+    both = {
+        "M": m, "N": n, "a_groups": triton.cdiv(k, a_group) if a_group else 1, "b_groups": counts[1],
+        "height": sides[0], "A_GROUP": a_group, "B_GROUP": b_group, "OUTSIDE": outside, "PARTS": parts, "BM": tile.bm,
+        "BN": tile.bn, "enable_fp_fusion": True,
+    }  # fmt: skip
+    alone = {
+        **how, "K": k, "row_bytes": row_bytes, "part_steps": each, "A_TYPE": a_type, "B_TYPE": b_type, "BITS": bits,
+        "HALVES": bits == 4, "BK": bk, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return Plan((triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm)), parts, row_bytes % 4 == 0, both | alone, both)
+
+
+def product(
+    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, grid: Grid, how: dict[str, Any],
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Write `y` [M, N] for `rows` [M, K], M > 0, in the stored order of columns; `how`: ranges of the input."""
+    codes, parts = tensors["codes"].view(torch.uint8), plan.splits
+    words = launch.words_of(codes) if plan.words and codes.data_ptr() % 4 == 0 else None
+    partial = torch.empty(parts, *y.shape, dtype=torch.float32, device=y.device) if parts > 1 else None
+    store = "bfloat16" if plan.arguments["A_TYPE"] is None else "float8"
+    with launch.on(y.device):
         seen = quantize(
-            rows, input.tensor.numbers(), "bfloat16" if a_type is None else "float8", width,
-            given=tensors.get("input_scale"), whole=input.dynamic and input.tensor.blocks.rows == -1, planes=halves,
+            rows, grid, store, given=tensors.get("input_scale"), planes=plan.arguments["HALVES"], **how
         )  # fmt: skip
-        to_finish = dict(  # noqa: C408
-            a_scale=seen.scale, scale=tensors["scale"], bias=bias, y=y, M=m, N=n, a_groups=seen.scale.shape[1],
-            b_groups=counts[1], height=sides[0], A_GROUP=a_group, B_GROUP=b_group, OUTSIDE=outside, PARTS=parts,
-            BM=tile.bm, BN=tile.bn, enable_fp_fusion=True,
-        )  # fmt: skip
-        tiles = triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm)
-        levels_kernel[(tiles[0] * tiles[1], parts)](
-            seen.codes, codes, words, partial, K=k, a_stride=seen.codes.stride(0), half=seen.codes.stride(0) // 2,
-            row_bytes=row_bytes, part_steps=each, A_TYPE=a_type, B_TYPE=b_type, BITS=bits, **how, HALVES=halves,
-            **to_finish, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        given = {"a_scale": seen.scale, "scale": tensors["scale"], "bias": bias, "y": y}
+        stride = seen.codes.stride(0)
+        levels_kernel[(plan.grid[0] * plan.grid[1], parts)](
+            seen.codes, codes, words, partial, a_stride=stride, half=stride // 2, **given, **plan.arguments
+        )
         if parts > 1:
-            add_parts[tiles](partial, **to_finish, num_warps=4)
-    return y.reshape(*x.shape[:-1], n)
+            add_parts[plan.grid](partial, **given, **plan.finish, num_warps=4)
