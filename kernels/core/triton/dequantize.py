@@ -66,7 +66,7 @@ def columns(packed: list[Tensor], spec: PackedSpec, dtype: torch.dtype, first: i
 def _dequantize(tensors: dict[str, Tensor], spec: PackedSpec, out: Tensor, first: int, last: int) -> None:
     device, (n, k) = out.device, spec.shape
     weight = launch.weight_of(tensors, spec, torch.float32)
-    tile = dequantize_tile(weight.is_gathered)
+    tile = dequantize_tile(launch.hardware(device).architecture, weight.is_gathered)
     wide, inside = launch.columns_of(tile.bk, weight.shape)
     tiles = triton.cdiv(last, wide) - first // wide
     with launch.on(device):

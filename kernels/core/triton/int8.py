@@ -12,9 +12,9 @@ from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
 from . import launch
+from .blocks import int8_tile
 from .inputs import Outlying, outlying, quantize
 from .plans import Plan, Plans
-from .quantized_tiles import int8_tile
 
 COLUMNS = 32  # of one step over columns in floating point
 

@@ -19,11 +19,11 @@ from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
 from . import launch
+from .blocks import levels_tile
 from .decode import bits_at
 from .inputs import quantize
 from .int8 import bytes_of, named, rows_of
 from .plans import Plan, Plans
-from .quantized_tiles import levels_tile
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
 HALVED = {"e4m3fn": tl.float8e4b8, "e5m2ieee": tl.float8e5b16}  # the same bits stand for half the number
