@@ -48,7 +48,7 @@ class Kernel:
     does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
     `run_jobs(bounds, xs, biases, ys)` may run several bound weights at once into given results, to the same bits; it
     returns False where it cannot. `join(bounds, biases)` gives what runs them all on one input, None where it cannot.
-    `input_grad(grad, packed, spec)` computes grad [..., N] @ W.
+    `input_grad(grad, packed, spec)` computes grad [..., N] @ W; without it gradients go through `columns`.
     """
 
     name: str
