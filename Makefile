@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check format test test-gpu bench bench-peers wheel clean
+.PHONY: help venv demo check format test test-gpu gpu-check bench bench-peers wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -53,8 +53,11 @@ test-gpu: venv  ## the test suite, on a machine that must have a CUDA device
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+gpu-check: venv  ## check and measure the kernels on a GPU, in ten minutes; refuses to without one
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
 bench: venv  ## the measurements; rewrites benchmarks/results
-	for script in $(filter-out benchmarks/peers.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/peers.py benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$script" || exit 1; done
 
 bench-peers: venv  ## the comparison with other packages, which need environments: benchmarks/peers/README.md

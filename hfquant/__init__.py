@@ -20,6 +20,7 @@ from .errors import (
 )
 from .kernel import use_kernel
 from .optimizing import optimize
+from .tuning import finetune
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "backends",
     "coverage",
     "explain",
+    "finetune",
     "optimize",
     "quantize",
     "use_kernel",

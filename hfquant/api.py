@@ -85,6 +85,7 @@ def _report(src: str | Path, config: HfQuantConfig, out: Path, started: float, *
         peak_rss_mb=peak_rss_mb(),
         output=str(out),
         versions=versions(config.plugins),
+        recipe=config.recipe_file,
     )
 
 

@@ -43,7 +43,7 @@ class Binding:
         kernel = best(key, x.device, dtype_inside(PackedSpec.parse(key), x.dtype))
         if kernel.bind is None:
             return kernel, None
-        to = _state(kernel, packed)
+        to = _state(kernel, packed, key)
         if to != self._to:
             self._run, self._to = _bound(kernel, packed, PackedSpec.parse(key)), to
         return kernel, self._run
@@ -70,7 +70,7 @@ class Bindings:
         if kernel.bind is None:
             return kernel, None
         to, known = self._bound
-        if to != (now := _state(kernel, packed)):
+        if to != (now := _state(kernel, packed, key)):
             known = {}
             self._bound = now, known
         missing = [number for number in numbers if number not in known]
@@ -78,8 +78,8 @@ class Bindings:
         return kernel, [known[number] for number in numbers]
 
 
-def _state(kernel: Kernel, packed: list[Tensor]) -> tuple[Any, ...]:
-    return kernel, *[(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed]
+def _state(kernel: Kernel, packed: list[Tensor], key: str) -> tuple[Any, ...]:
+    return kernel, key, *[(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in packed]
 
 
 def is_plain(x: Tensor) -> bool:

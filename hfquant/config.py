@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backend import provider, require
@@ -58,6 +57,8 @@ class HfQuantConfig(QuantizationConfigMixin):
     that a checkpoint can record them. Raises SpecError for unknown names and options, before anything is loaded.
     """
 
+    recipe_file: dict[str, str] | None = None  # the file that it was read from, for reports
+
     def __init__(
         self,
         method: str = "int4",
@@ -96,15 +97,19 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_recipe(cls, path: str | Path, **changes: Any) -> HfQuantConfig:
-        """Read a YAML file that holds `method` and its options; `changes` take the place of what it says.
+        """The section `quantize` of a recipe file; `changes` take the place of what it says.
 
-        Raises SpecError if it is not that.
+        Raises SpecError, naming the line, if it is not that.
         """
-        given = {**read_recipe(path), **changes}
+        from .recipe_file import read_recipe  # with pydantic, which nothing else needs
+
+        recipe = read_recipe(path)
         try:
-            return cls(**given)
+            config = cls(**{**recipe.quantize_keywords(), **changes})
         except SpecError as error:
-            raise SpecError(f"{path}: {error}") from error
+            raise recipe.blame(error) from error
+        config.recipe_file = recipe.label
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -191,19 +196,6 @@ class HfQuantConfig(QuantizationConfigMixin):
 def follows(scheme: Scheme, recipe: Scheme) -> bool:
     """Whether a weight has the numbers that the recipe says; an embedding has no input."""
     return scheme.weight == recipe.weight and scheme.input in (recipe.input, None)
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keywords of `HfQuantConfig` that a YAML file holds. Raises SpecError if it does not."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise SpecError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict) or "method" not in data or not all(isinstance(key, str) for key in data):
-        raise SpecError(f"{path}: a recipe is a mapping with a 'method' and its options")
-    return data
 
 
 def _without_tag(data: dict[str, Any]) -> dict[str, Any]:

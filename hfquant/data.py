@@ -201,18 +201,20 @@ def _tensors(data: Any) -> list[Tensor]:
 # ---- batches
 
 
-def batches(calibration: CalibrationData, tokenizer: Any, config: Any, model: Any = None) -> list[Batch]:
+def batches(
+    calibration: CalibrationData, tokenizer: Any, config: Any, model: Any = None, says_fewer: bool = True
+) -> list[Batch]:
     """The batches to run a model of `config` on: "input_ids" [B, L] int64, on the CPU, the same for the same seed.
 
     "attention_mask" [B, L] int64 goes with them only where there is padding. `model` writes the text if data is "self".
     Raises CalibrationError for data that `check` refuses, that is too short, or that has ids outside the vocabulary;
-    logs a warning if it gives fewer samples than asked for.
+    logs a warning if it gives fewer samples than asked for, unless `says_fewer` is False.
     """
     check(calibration, tokenizer, config)
     if kind_of(calibration.data) == "inputs":
         return [dict(inputs) for inputs in calibration.data]
     rows = _samples(calibration, tokenizer, config, model)
-    if len(rows) < calibration.samples and kind_of(calibration.data) != "tokens":
+    if says_fewer and len(rows) < calibration.samples and kind_of(calibration.data) != "tokens":
         logger.warning("the calibration data gives %d samples, %d were asked for", len(rows), calibration.samples)
     text_config = config.get_text_config()
     pad = getattr(text_config, "pad_token_id", None)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import ops
 from .binding import Bindings, is_plain
 from .errors import UnsupportedError
+from .expert_view import Added, ExpertsView, LowRank, Parameters, asked_by
 from .gpu import experts as gpu_experts
-from .layouts import unpack
+from .layouts import LAYOUTS, unpack
 from .nn import packed_aside
 from .qtensor import QTensor
+from .requantize import requantize
 from .spec import PackedSpec
 
 AT_ONCE = 64  # pairs of a token and an expert: with more, experts have enough to do to be run one after the other
@@ -75,7 +79,8 @@ class QExperts(RoutedExperts):
     """Mixed into the class of an experts module: the same function over packed weights.
 
     Each projection [E, N, K] is packed expert by expert; its tensors are parameters `<projection>_<name>` with the
-    expert as their first axis. Transposed models ([E, K, N]) are packed the usual way round.
+    expert as their first axis. Transposed models ([E, K, N]) are packed the usual way round. The attribute
+    `<projection>` is a view in the model's own orientation, which PEFT adapts and merges into.
     """
 
     specs: dict[str, PackedSpec]
@@ -91,6 +96,7 @@ class QExperts(RoutedExperts):
         self.__dict__.setdefault("_bindings", {})[projection] = Bindings()
         for name in spec.names:
             self._parameters[f"{projection}_{name}"] = nn.Parameter(packed[name], requires_grad=False)
+        self.__dict__["_parameters"].shown.add(projection)
 
     def packed(self, projection: str, expert: int) -> list[Tensor]:
         """The packed tensors of one expert's projection."""
@@ -102,7 +108,7 @@ class QExperts(RoutedExperts):
 
     def waiting(self) -> list[str]:
         """Names of the full-precision placeholders that are still held."""
-        return [projection for projection in self.specs if projection in self._parameters]
+        return [projection for projection in self.specs if projection in list(self._parameters)]  # views are not listed
 
     def qtensor(self, projection: str, expert: int) -> QTensor:
         """One expert's weight as codes and grid parameters."""
@@ -110,13 +116,57 @@ class QExperts(RoutedExperts):
 
     def dequantize(self, projection: str, dtype: torch.dtype) -> Tensor:
         """The fused weight in the model's own orientation, [E, N, K] or transposed [E, K, N]."""
-        count = self._parameters[f"{projection}_{self.specs[projection].names[0]}"].shape[0]  # type: ignore[union-attr]
+        count = self._stacks(projection)[0].shape[0]
         stacked = torch.stack([self.qtensor(projection, expert).dequantize(dtype) for expert in range(count)])
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
 
+    @torch.no_grad()
+    def write(self, projection: str, values: Tensor) -> None:
+        """Quantize new values of a projection, in the model's own orientation, with the numbers that it has."""
+        matrices = values.detach().transpose(1, 2) if self.is_transposed else values.detach()
+        layout = LAYOUTS.get(self.specs[projection].layout)
+        packed = [
+            layout.pack(requantize(w.contiguous(), self.qtensor(projection, expert)))
+            for expert, w in enumerate(matrices)
+        ]
+        for name in packed[0]:
+            stack = self._parameters[f"{projection}_{name}"]
+            assert stack is not None
+            stack.data = torch.stack([part[name] for part in packed]).to(stack.dtype)
+
+    def view(self, projection: str) -> ExpertsView:
+        """The fused weight as a tensor in the model's dtype that takes no memory before its values are used."""
+        first, (rows, cols) = self._stacks(projection)[0], self.specs[projection].shape
+        shape = (first.shape[0], *((cols, rows) if self.is_transposed else (rows, cols)))
+        read, write = partial(self.dequantize, projection, self.dtype), partial(self.write, projection)
+        return ExpertsView.of(shape, self.dtype, first.device, read, write)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of `nn.Module`; PEFT, which looks here for what it is to adapt, also gets the views of fused weights."""
+        listed = super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse or not asked_by("peft"):
+            return listed
+        held, start = self.__dict__["_parameters"], f"{prefix}." if prefix else ""
+        views = [(start + name, self.view(name)) for name in self.specs if held.shows(name)]
+        return chain(listed, views)  # type: ignore[arg-type]  # views count as parameters
+
+    def _changes(self, projection: str) -> tuple[LowRank | Added, ...]:
+        """What adapters add to a projection during this forward pass."""
+        if not is_parametrized(self, projection):
+            return ()
+        weight = getattr(self, projection)
+        if not isinstance(weight, ExpertsView):
+            raise UnsupportedError(
+                f"an adapter does something else to the packed experts' {projection!r} than to add to it: LoRA on "
+                "target_parameters is supported"
+            )
+        return weight.changes
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As of `RoutedExperts`, all experts of a projection at once: those of a few tokens on a CPU, any on a GPU."""
-        if gpu_experts.can_run(self.keys, hidden_states):
+        if not is_parametrized(self) and gpu_experts.can_run(self.keys, hidden_states):
             return gpu_experts.forward(self, hidden_states, top_k_index, top_k_weights)
         if is_plain(hidden_states) and 0 < top_k_index.numel() <= AT_ONCE:
             out = self._at_once(hidden_states, top_k_index, top_k_weights)
@@ -154,7 +204,12 @@ class QExperts(RoutedExperts):
             return None
         sizes, y = list(counts.values()), x.new_empty(x.shape[0], spec.shape[0])
         biases = [self._bias_of(projection, expert) for expert in experts]
-        return y if kernel.run_jobs(bounds, x.split(sizes), biases, y.split(sizes)) else None
+        if not kernel.run_jobs(bounds, x.split(sizes), biases, y.split(sizes)):
+            return None
+        for change in self._changes(projection):
+            for expert, rows, out in zip(experts, x.split(sizes), y.split(sizes), strict=True):
+                out += change.times(rows, expert, self.is_transposed)
+        return y
 
     def _stacks(self, projection: str) -> list[Tensor]:
         """The packed tensors [E, ...] of all experts' projection."""
@@ -162,7 +217,10 @@ class QExperts(RoutedExperts):
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
         bias = self._bias_of(projection, expert)
-        return ops.linear(x, self.packed(projection, expert), bias, self.keys[projection])
+        y = ops.linear(x, self.packed(projection, expert), bias, self.keys[projection])
+        for change in self._changes(projection):
+            y = y + change.times(x, expert, self.is_transposed).to(y.dtype)
+        return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QExperts:
         """Move packed tensors with the module but keep their dtypes."""
@@ -176,16 +234,9 @@ class QExperts(RoutedExperts):
         return _empty_packed, (self.original,), self.__dict__
 
     def __getattr__(self, name: str) -> Any:
-        """Explain what became of a fused weight that is packed now."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name in PROJECTIONS and name in self.__dict__.get("specs", {}):
-                message = (
-                    f"the experts' {name!r} is packed: read it with dequantize({name!r}, dtype); it is not a parameter"
-                )
-                raise AttributeError(message) from error
-            raise
+        """The views of fused weights, which no listing of parameters has."""
+        held = self.__dict__.get("_parameters")
+        return self.view(name) if isinstance(held, Parameters) and held.shows(name) else super().__getattr__(name)
 
 
 def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
@@ -193,7 +244,19 @@ def to_packed_experts(module: nn.Module, dtype: torch.dtype) -> QExperts:
     module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]  # mypy looks at instances' __hash__
     assert isinstance(module, QExperts)
     module.specs, module.keys, module.dtype = {}, {}, dtype
+    module.__dict__["_parameters"] = Parameters(module._parameters)
     return module
+
+
+def to_plain_experts(module: QExperts, dtype: torch.dtype) -> None:
+    """Turn packed experts into what they were, in place, with the quantized values in `dtype`."""
+    weights = {projection: module.dequantize(projection, dtype) for projection in module.specs}
+    packed = module.packed_names()
+    held = {name: parameter for name, parameter in module._parameters.items() if name not in packed}
+    module.__class__ = module.original
+    module.__dict__["_parameters"] = held
+    for projection, weight in weights.items():
+        module.register_parameter(projection, nn.Parameter(weight))
 
 
 @cache
@@ -205,25 +268,6 @@ def _packed_class(original: type[nn.Module]) -> type[nn.Module]:
 def _empty_packed(original: type[nn.Module]) -> nn.Module:
     cls = _packed_class(original)  # type: ignore[arg-type]  # see to_packed_experts
     return cls.__new__(cls)
-
-
-def refuse_packed_targets(model: nn.Module, configs: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError if an adapter in PEFT's `configs` is meant for weights that are packed experts.
-
-    PEFT adapts fused weights as parameters and only warns when it finds none of that name: the adapter would train
-    everything but the experts.
-    """
-    for adapter, config in configs.items():
-        for wanted in sorted(getattr(config, "target_parameters", None) or ()):
-            for name, module in model.named_modules():
-                for projection in module.specs if isinstance(module, QExperts) else ():
-                    full = f"{name}.{projection}"
-                    if full == wanted or full.endswith(f".{wanted}"):
-                        raise UnsupportedError(
-                            f"adapter {adapter!r} targets {full}, which is packed: PEFT adapts only experts that are "
-                            f"plain parameters. Leave them in full precision with modules_to_not_convert="
-                            f'["{name.rpartition(".")[2]}"], or adapt other modules'
-                        )
 
 
 def why_not_experts(module: nn.Module) -> str | None:

@@ -53,7 +53,7 @@ class Layout:
         packed = {"codes": self.encode(q.codes, q.spec.numbers())}
         _pack_scale(packed, "scale", q.scale)
         if q.zero is not None:
-            packed["zero"] = pack_bits(q.zero, q.spec.numbers().bits) if q.spec.numbers().bits < 8 else q.zero
+            packed["zero"] = pack_bits(q.zero, q.spec.numbers().bits) if zeros_are_packed(q.spec) else q.zero
         optional = {"order": q.order, "levels": q.levels}
         packed.update({name: value for name, value in optional.items() if value is not None})
         if q.outliers is not None:
@@ -64,7 +64,7 @@ class Layout:
         """Inverse of `pack` for a matrix of `shape` [N, K]."""
         grid, counts = spec.numbers(), spec.blocks.counts(shape)
         zero = packed.get("zero")
-        if zero is not None and grid.bits < 8:
+        if zero is not None and zeros_are_packed(spec):
             zero = unpack_bits(zero, grid.bits, counts[1])
         outliers = None
         if "outlier_index" in packed:
@@ -87,6 +87,11 @@ class Layout:
         chosen: dict[str, Tensor] = {name: packed[name][index] for name in ("codes", "zero") if name in packed}
         part = self.unpack({**packed, **chosen, "scale": values[index]}, (index.numel(), shape[1]), _plain(spec))
         return part.dequantize()
+
+
+def zeros_are_packed(spec: TensorSpec) -> bool:
+    """Whether zero points are stored like codes of less than 8 bits, and not as a number each."""
+    return spec.zero is True and spec.numbers().bits < 8
 
 
 def _plain(spec: TensorSpec) -> TensorSpec:
@@ -176,7 +181,7 @@ def empty_qtensor(
     """
     counts = spec.blocks.counts(shape)
     scale = _empty_scale(counts, spec.scale, device)
-    zero = torch.empty(counts, dtype=torch.uint8, device=device) if spec.zero else None
+    zero = torch.empty(counts, dtype=spec.zero_dtype, device=device) if spec.zero else None
     fitted = hasattr(spec.numbers(), "fit")
     levels = torch.empty(2 ** spec.numbers().bits, dtype=torch.float32, device=device) if fitted else None
     kept = None
@@ -222,7 +227,7 @@ def pack_inputs(inputs: InputParams | None, scheme: Scheme) -> dict[str, Tensor]
         return {}
     if inputs is None:
         raise CalibrationError("a static input needs the range that calibration found for it: there is none")
-    if spec.zero != (inputs.zero is not None):
+    if bool(spec.zero) != (inputs.zero is not None):
         raise SpecError(f"a range {'with' if inputs.zero is not None else 'without'} a zero point does not fit {spec}")
     # Copies: layers that read the same input are parameters of their own.
     zero = {} if inputs.zero is None else {INPUT_NAMES[1]: inputs.zero.clone()}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATION, Operands
 from .checkpoint import save_native
 from .errors import UnsupportedError
-from .experts import refuse_packed_targets
+from .expert_view import asked_by
+from .experts import QExperts
+from .packed_targets import refuse_unreached
 from .swap import packed_modules
+
+_FINDS_EXPERTS = "peft.utils.transformers_weight_conversion"
 
 
 class NativeModel(PreTrainedModel):
@@ -36,6 +43,15 @@ class NativeModel(PreTrainedModel):
         """Save config.json and `hfquant*.safetensors`; takes the keywords of `PreTrainedModel.save_pretrained`."""
         save_native(self, super().save_pretrained, save_directory, push_to_hub, **kwargs)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of `nn.Module`; PEFT, where it looks for experts that a pattern names, also finds packed ones."""
+        listed = super().named_parameters(*args, **kwargs)
+        if not asked_by(_FINDS_EXPERTS):
+            return listed
+        experts = [(name, module) for name, module in packed_modules(self) if isinstance(module, QExperts)]
+        views = [(f"{name}.{leaf}", module.view(leaf)) for name, module in experts for leaf in module.specs]
+        return chain(listed, views)  # views count as parameters
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Choose how attention is computed. Raises UnsupportedError where that would skip quantized operands."""
         quantized = any(isinstance(module, Operands) for module in self.modules())
@@ -49,7 +65,7 @@ class NativeModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         """Look at adapters where PEFT leaves its configs: on the model that it has put them into."""
         if name == "peft_config":
-            refuse_packed_targets(self, value)
+            refuse_unreached(self, value)
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

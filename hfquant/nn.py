@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .binding import Binding, is_plain
-from .errors import FormatError
-from .layouts import LAYOUTS, unpack
+from .errors import FormatError, SpecError
+from .layouts import INPUT_NAMES, LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
 from .spec import InputSpec, PackedSpec, TensorSpec
@@ -80,8 +80,21 @@ class PackedModule(nn.Module):
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Quantize new values [N, K] into this layer with the numbers it has; the range of a static input stays."""
-        q = requantize(values.detach(), self.qtensor())
-        for name, tensor in LAYOUTS.get(self.spec.layout).pack(q).items():
+        self.put(requantize(values.detach(), self.qtensor()))
+
+    @torch.no_grad()
+    def put(self, q: QTensor) -> None:
+        """Take a weight [N, K] that is quantized already, on the numbers, blocks and columns that this layer has.
+
+        The range of a static input stays. Raises SpecError for a weight that is stored in other tensors.
+        """
+        packed = LAYOUTS.get(self.spec.layout).pack(q)
+        kept = 0 if q.outliers is None else q.outliers.index.numel()
+        held = self.spec.scheme.weight, self.spec.rotated, self.spec.outliers, self.spec.shape
+        own = {name for name in self.spec.names if name not in INPUT_NAMES}
+        if held != (q.spec, q.rotated, kept, q.shape) or own != set(packed):
+            raise SpecError(f"the layer holds {held} as {sorted(own)}, not {q.spec}, {q.rotated}, {kept}, {q.shape}")
+        for name, tensor in packed.items():
             current = self._parameters[name]
             assert current is not None
             current.data = tensor.to(current.dtype)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .errors import UnsupportedError
 from .experts import QExperts
-from .layouts import INPUT_NAMES
+from .layouts import INPUT_NAMES, zeros_are_packed
 from .nn import PackedModule, QLinear
 from .spec import PackedSpec, TensorSpec
 
@@ -86,7 +86,7 @@ def _why_not_columns(spec: PackedSpec, ranks: int) -> str | None:
         return f"parts of {part} input features cut groups of {width}"
     if spec.layout == "dense" and part * bits % 8:
         return f"parts of {part} codes of {bits} bits cut a byte"
-    if weight.zero and width < cols and bits < 8 and part // width * bits % 8:
+    if zeros_are_packed(weight) and width < cols and part // width * bits % 8:
         return f"parts of {part // width} zero points of {bits} bits cut a byte"
     return _why_not_input(spec, part)
 

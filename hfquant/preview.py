@@ -55,6 +55,7 @@ def preview(
         versions=versions(config.plugins),
         calibration=config.calibration if calibrated else None,
         estimate=expected,
+        recipe=config.recipe_file,
     )
 
 

@@ -32,10 +32,11 @@ class InputParams:
 class QTensor:
     """A matrix [N, K] as codes and grid parameters.
 
-    `codes` [N, K] uint8; `scale` [R, C] as stored, or a QTensor [1, R * C]; `zero` [R, C] uint8 or None; `order` [K]
-    int32 or None: stored column i is column order[i] of the matrix; `levels` [L] float32 for grids fitted to this
-    tensor; `outliers` replace their columns. `rotated`: all of this describes `hadamard(W)`, the matrix in the Hadamard
-    basis of its input, and x W^T is computed as hadamard(x) hadamard(W)^T where the input is quantized too.
+    `codes` [N, K] uint8; `scale` [R, C] as stored, or a QTensor [1, R * C]; `zero` [R, C] in the spec's `zero_dtype`,
+    or None; `order` [K] int32 or None: stored column i is column order[i] of the matrix; `levels` [L] float32 for grids
+    fitted to this tensor; `outliers` replace their columns. `rotated`: all of this describes `hadamard(W)`, the matrix
+    in the Hadamard basis of its input, and x W^T is computed as hadamard(x) hadamard(W)^T where the input is quantized
+    too.
     """
 
     codes: Tensor

@@ -40,6 +40,10 @@ class Params:
     stored: Tensor | QTensor
     zero: Tensor | None
 
+    def stored_zero(self) -> Tensor | None:
+        """Zero points in the dtype that they are stored in."""
+        return None if self.zero is None else self.zero.to(self.spec.zero_dtype)
+
 
 class Range(Protocol):
     """Finds the grid parameters of a weight [N, K].
@@ -69,7 +73,7 @@ def params_from_bounds(w: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -
         shape = (w.shape[0], w.shape[1])
         parts = [w[rows].float() / spec.blocks.expand(values, shape, rows) for rows in row_chunks(shape)]
         grid = grid.fit(torch.cat(parts))
-    zero = zero_from_bounds(low, values, grid) if spec.zero else None
+    zero = zero_from_bounds(low, values, grid, whole=spec.zero is True) if spec.zero else None
     return Params(spec, grid, values, stored, zero)
 
 

@@ -36,7 +36,8 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpe
     if q.rotated:
         rows, q = hadamard(rows), replace(q, rotated=False)
     seen = quantize_input(rows, spec.scheme.input, q.outliers, unpack_inputs(packed, spec))
-    y = F.linear(seen, q.dequantize(), None if bias is None else bias.float())
+    with torch.autocast(x.device.type, enabled=False):  # it would round what stands for exact integers
+        y = F.linear(seen, q.dequantize(), None if bias is None else bias.float())
     return y.reshape(*x.shape[:-1], spec.shape[0]).to(x.dtype)
 
 

@@ -101,7 +101,8 @@ class Report:
     Megabytes are 10^6 bytes of parameters. `bits_per_weight` counts everything stored for the quantized weights.
     `seconds`: loading, quantizing and saving together. `peak_rss_mb`: largest resident memory of the process so far,
     None where the system does not tell. `calibration`: what the method looked at. `blocks`: what it found there.
-    `estimate`: in a preview, what calibrating is going to take.
+    `estimate`: in a preview, what calibrating is going to take. `recipe`: name and SHA-256 of the recipe file, if one
+    was read; options given beside it win, `options` holds what counted.
     """
 
     method: str
@@ -119,6 +120,7 @@ class Report:
     calibration: dict[str, Any] | None = None
     blocks: tuple[BlockFinding, ...] = ()
     estimate: dict[str, Any] | None = None
+    recipe: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

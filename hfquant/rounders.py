@@ -47,8 +47,7 @@ def to_nearest(w: Tensor, params: Params) -> QTensor:
             scale = spec.blocks.expand(params.scale, shape, rows)
             zero = None if params.zero is None else spec.blocks.expand(params.zero, shape, rows)
             codes[rows] = encode(w[rows].float(), scale, zero, params.grid)
-    zero_codes = None if params.zero is None else params.zero.to(torch.uint8)
-    return with_levels(QTensor(codes, params.stored, zero_codes, None, spec), params)
+    return with_levels(QTensor(codes, params.stored, params.stored_zero(), None, spec), params)
 
 
 def with_levels(q: QTensor, params: Params) -> QTensor:

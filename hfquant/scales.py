@@ -11,7 +11,7 @@ from .qtensor import QTensor
 from .spec import SCALE_DTYPES, TensorSpec
 
 
-def scale_from_bounds(low: Tensor, high: Tensor, grid: Grid, zero: bool) -> Tensor:
+def scale_from_bounds(low: Tensor, high: Tensor, grid: Grid, zero: bool | str) -> Tensor:
     """Scales (real units per grid step, same shape, float32) that map [low, high] onto the grid; 1 where both are 0.
 
     Asymmetric: (high - low) / (L - 1) with 0 inside the range. Symmetric: max(|low|, |high|) / largest level.
@@ -28,9 +28,10 @@ def one_for_zero(scale: Tensor) -> Tensor:
     return scale.masked_fill(scale == 0, 1)
 
 
-def zero_from_bounds(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Zero points (codes of the real number 0, float32) for the scales as stored."""
-    return (-low.clamp_max(0) / scale).round().clamp_(0, grid.size - 1)
+def zero_from_bounds(low: Tensor, scale: Tensor, grid: Grid, whole: bool = True) -> Tensor:
+    """Zero points (codes of the real number 0, float32) for the scales as stored; `whole`: on the grid."""
+    zero = -low.clamp_max(0) / scale
+    return zero.round().clamp_(0, grid.size - 1) if whole else zero
 
 
 def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +74,13 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """Codes [same shape] uint8 of float32 `x`; `scale` and `zero` broadcast against it."""
     if zero is None:
         return grid.encode(x / scale)
-    return (x / scale).round_().add_(zero).clamp_(0, grid.size - 1).to(torch.uint8)
+    return _nearest_code(x, scale, zero, grid).to(torch.uint8)
+
+
+def _nearest_code(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Codes [same shape] float32. Steps are rounded before whole zero points are added: ties go to an even step."""
+    whole = zero.round()
+    return (x / scale).add_(zero - whole).round_().add_(whole).clamp_(0, grid.size - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
@@ -88,4 +95,4 @@ def round_to(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tenso
         return found
     if zero is None:
         return grid.nearest(x / scale).mul_(scale)
-    return (x / scale).round_().add_(zero).clamp_(0, grid.size - 1).sub_(zero).mul_(scale)
+    return _nearest_code(x, scale, zero, grid).sub_(zero).mul_(scale)

@@ -45,6 +45,8 @@ def exact_as(spec: PackedSpec, read: Read) -> str | None:
         return None
     if weight.grid in _EVEN_FLOATS:
         return _EVEN_FLOATS[weight.grid] if _scale_moves(weight, read) else None
+    if isinstance(weight.zero, str):
+        return None
     return (_ASYMMETRIC if weight.zero else _INTEGERS).get(weight.grid)
 
 

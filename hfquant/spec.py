@@ -21,17 +21,20 @@ class TensorSpec:
     """Numbers of one tensor.
 
     `scale` is a dtype name, or a TensorSpec that quantizes the scales themselves, taken as one row [1, R * C] (double
-    quantization, NVFP4). `zero`: whether each block has a zero point (asymmetric); needs an unsigned integer grid.
+    quantization, NVFP4). `zero`: whether each block has a zero point (asymmetric), for an unsigned integer grid. True:
+    one of the grid's numbers. A dtype name: any real number, stored in that dtype (ADR 0015).
     """
 
     grid: str
     blocks: Blocks
-    zero: bool = False
+    zero: bool | str = False
     scale: str | TensorSpec = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str) and self.scale not in SCALE_DTYPES:
             raise SpecError(f"scales are stored as {', '.join(SCALE_DTYPES)} or quantized, got {self.scale!r}")
+        if not isinstance(self.zero, bool) and self.zero not in SCALE_DTYPES:
+            raise SpecError(f"zero is True, False, or for real numbers {', '.join(SCALE_DTYPES)}, got {self.zero!r}")
         if self.zero and not self.grid.startswith("uint"):
             raise SpecError(f"a zero point needs an unsigned integer grid such as uint4, got {self.grid!r}")
         if isinstance(self.scale, TensorSpec) and self.scale.zero:
@@ -45,6 +48,13 @@ class TensorSpec:
     def scale_dtype(self) -> torch.dtype:
         """Dtype in which a scale is looked at while searching; nested scales are searched in float32."""
         return SCALE_DTYPES[self.scale] if isinstance(self.scale, str) else torch.float32
+
+    @property
+    def zero_dtype(self) -> torch.dtype | None:
+        """Dtype of zero points: uint8 of those on the grid, None where there are none."""
+        if isinstance(self.zero, str):
+            return SCALE_DTYPES[self.zero]
+        return torch.uint8 if self.zero else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -75,6 +85,8 @@ class InputSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.tensor.scale, str):
             raise SpecError("the scales of an input cannot be quantized")
+        if isinstance(self.tensor.zero, str):
+            raise SpecError(f"zero points of an input are on its grid: use zero=True instead of {self.tensor.zero!r}")
         blocks = self.tensor.blocks
         if not self.dynamic and blocks != Blocks(-1, -1):
             raise SpecError(

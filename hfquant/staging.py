@@ -34,7 +34,7 @@ def check_output(out: Path, overwrite: bool, keep: str | Path | None = None) -> 
         raise SpecError(
             f"the output folder {out} is not empty: name another one, or overwrite it (overwrite=True, --overwrite)"
         )
-    if not (out / "config.json").exists():
+    if not any((out / name).exists() for name in ("config.json", "adapter_config.json")):
         raise SpecError(f"{out} holds files but no model (no config.json), it is not overwritten: name another folder")
 
 

@@ -14,7 +14,7 @@ from .attention import CHILD, Operands, use
 from .config import HfQuantConfig
 from .coverage import Target, aliases
 from .errors import FormatError
-from .experts import QExperts, expert_projections, to_packed_experts
+from .experts import QExperts, expert_projections, to_packed_experts, to_plain_experts
 from .nn import PackedModule, QEmbedding, QLinear, adopt
 from .quantize import choose_columns, for_table, pack, pack_empty, quantize_linear
 from .recipe import Recipe
@@ -187,7 +187,7 @@ def swap_out(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for name, module in list(packed_modules(model)):
         wanted = dtype or module.dtype
         if isinstance(module, QExperts):
-            _restore_experts(module, wanted)
+            to_plain_experts(module, wanted)
         else:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, adopt(_restore(module, wanted), module))
@@ -208,12 +208,3 @@ def _restore(module: PackedModule, dtype: torch.dtype) -> nn.Module:
     if (bias := module._parameters.get("bias")) is not None:
         new.register_parameter("bias", nn.Parameter(bias.to(dtype)))
     return new
-
-
-def _restore_experts(module: QExperts, dtype: torch.dtype) -> None:
-    weights = {projection: module.dequantize(projection, dtype) for projection in module.specs}
-    for name in module.packed_names():
-        del module._parameters[name]
-    module.__class__ = module.original
-    for projection, weight in weights.items():
-        module.register_parameter(projection, nn.Parameter(weight))

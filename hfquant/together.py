@@ -18,7 +18,7 @@ from torch import Tensor
 from .binding import Binding
 from .kernel import forced_kernel
 
-Marks = list[tuple[int, int]]
+Marks = tuple[str, list[tuple[int, int]]]
 
 FEW_ROWS = 16  # of inputs: with more of them products take so long that the way to them does not count
 
@@ -162,8 +162,12 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 
 
 def _marks(layer: Layer) -> Marks:
-    """Where the tensors of a layer lie, and how often they were changed. Raises _Uncounted if nobody counts."""
+    """What the tensors of a layer mean, where they lie, and how often they were changed.
+
+    Raises _Uncounted if nobody counts.
+    """
     try:
-        return [(tensor.data_ptr(), tensor._version) for tensor in layer._parameters.values() if tensor is not None]
+        held = [tensor for tensor in layer._parameters.values() if tensor is not None]
+        return layer.key, [(tensor.data_ptr(), tensor._version) for tensor in held]
     except RuntimeError as error:
         raise _Uncounted from error

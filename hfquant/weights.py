@@ -28,9 +28,12 @@ from .pages import release_mapped
 from .source import model_class
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration with real buffers (rotary frequencies, causal masks) and parameters on meta."""
-    found = model_class(config)
+def skeleton(config: Any, dtype: torch.dtype, kind: Any = None) -> PreTrainedModel:
+    """The model of a configuration with real buffers (rotary frequencies, causal masks) and parameters on meta.
+
+    `kind`: its class, None for the one that the configuration names.
+    """
+    found = kind or model_class(config)
     build = getattr(found, "from_config", None) or found._from_config
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = build(config, dtype=dtype)

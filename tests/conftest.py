@@ -15,14 +15,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Files that take a minute or so: who runs files side by side begins with them, or waits for one of them in the end.
-LONGEST = ("test_docs", "test_fpq", "test_third_party", "test_loading", "test_processes", "test_packaging")
+# Files that take a quarter of a minute or more, the longest first: who runs files side by side begins with them, or
+# waits for one of them in the end.
+LONGEST = (
+    *("test_fpq", "test_fpq_fisher", "test_memory", "test_third_party", "test_recipes", "test_docs", "test_streaming"),
+    *("test_packaging", "test_loading", "test_fpq_attention", "test_checkpoint", "test_awq", "test_calibration"),
+)
 NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.egg-info", "build", "*.so", "*.dylib")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, everything else as it was collected."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def run_command(command: list[str], **options: Any) -> str:

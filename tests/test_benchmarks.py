@@ -31,7 +31,9 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode"])
+@pytest.mark.parametrize(
+    "name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode", "qat_quality", "lora_init"]
+)
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
@@ -44,6 +46,20 @@ def test_fpq_keeps_its_bars() -> None:
     spent = json.loads((ROOT / "benchmarks/results/fpq_time.json").read_text())
     assert spent["small"]["ratio"] <= spent["small"]["bar"] == 3
     assert spent["large"]["hours"] <= spent["large"]["bar"] == 2
+
+
+def test_training_through_quantization_wins_on_every_seed_without_data() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/qat_quality.json").read_text())["kl"].values()
+    for row in rows:
+        pairs = zip(row["trained, own text"]["by_seed"], row["rounded"]["by_seed"], strict=True)
+        assert all(trained < 0.75 * rounded for trained, rounded in pairs)
+
+
+def test_adapters_win_back_what_they_have_to() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/lora_init.json").read_text())["rows"]
+    bars = {(name, cell): bar for name, row in rows.items() for cell, bar in row["bars"].items()}
+    assert bars == {("nf4", "loftq 16"): 0.8, ("int3", "loftq 16"): 0.8, ("gptq w3", "eora 32"): 0.7}
+    assert all(rows[name]["ratio"][cell] <= bar for (name, cell), bar in bars.items())
 
 
 def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:

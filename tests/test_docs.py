@@ -15,16 +15,15 @@ The convention for authors:
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if path.exists()]
@@ -163,21 +162,10 @@ def execute(name: str, page: str, folder: Path) -> str:
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (work / path.name).symlink_to(path)
-    (support / "driver.py").write_text(DRIVER)
     (support / "steps.json").write_text(json.dumps([name, [asdict(step) for step in steps(page)]]))
-    done = subprocess.run(
-        [sys.executable, str(support / "driver.py"), str(support / "steps.json")],
-        cwd=work,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = fresh.run(DRIVER, support / "steps.json", cwd=work)
     if done.returncode:
-        pytest.fail(f"{name} does not work as shown:\n{done.stdout}", pytrace=False)
+        pytest.fail(f"{name} does not work as shown:\n{done.stdout}{done.stderr}", pytrace=False)
     return done.stdout
 
 

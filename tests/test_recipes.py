@@ -8,11 +8,11 @@ from transformers import LlamaForCausalLM
 
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig
-from hfquant.config import read_recipe
+from hfquant.recipe_file import read_recipe
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-CALIBRATED = [path for path in RECIPES if "data" in read_recipe(path)]
+CALIBRATED = [path for path in RECIPES if "data" in read_recipe(path).quantize_keywords()]
 # In place of the user's data, for a vocabulary of 256.
 TOKENS = {"data": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0)), "batch_size": 2}
 
@@ -53,6 +53,6 @@ def test_calibrated_recipe_gives_the_same_from_folder_to_folder(path: Path, tmp_
 
 @pytest.mark.parametrize("path", CALIBRATED, ids=lambda path: path.stem)
 def test_the_data_of_a_recipe_is_the_users_to_name(path: Path) -> None:
-    assert read_recipe(path)["data"] == "calibration.txt"
+    assert read_recipe(path).quantize_keywords()["data"] == "calibration.txt"
     with pytest.raises(CalibrationError, match=r"no calibration file calibration\.txt"):
         HfQuantConfig.from_recipe(path)

@@ -16,6 +16,7 @@ from .backends import backends_command
 from .demo import demo_command
 from .doctor import doctor_command
 from .evaluate import eval_command
+from .finetune import finetune_command
 from .inspect import inspect_command
 from .output import error, quiet_loading
 from .quantize import quantize_command
@@ -72,6 +73,7 @@ def _global(
 
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
+app.command("finetune")(finetune_command)
 app.command("inspect")(inspect_command)
 app.command("backends")(backends_command)
 app.command("doctor")(doctor_command)

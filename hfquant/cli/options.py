@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import load_all
-from ..config import HfQuantConfig, read_recipe
+from ..config import HfQuantConfig
 from ..data import kind_of
 from ..errors import SpecError
 from ..quantize import works_on_blocks
 from ..recipe import PRESETS
+from ..recipe_file import read_recipe
 
 # What a config holds besides the options of its method, and where the command line takes it.
 DATA = {
@@ -73,8 +74,9 @@ def build_config(
     extra = parse_options(pairs)
     if doubled := sorted(given.keys() & extra.keys()):
         raise SpecError(f"{doubled[0]!r} is given twice: by its own option and by --option")
-    chosen: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
-    if recipe is not None and method is not None:
+    file = None if recipe is None else read_recipe(recipe)
+    chosen = {} if file is None else file.quantize_keywords()
+    if file is not None and method is not None:
         raise SpecError(f"the recipe {recipe} has a method ({chosen['method']}): leave --method out")
     method = chosen.pop("method", method or "int4")
     chosen |= given | extra
@@ -85,7 +87,11 @@ def build_config(
         chosen["modules_to_not_convert"] = [] if list(skip) == ["none"] else list(skip)
     if embeddings:
         chosen["embeddings"] = True
-    config = HfQuantConfig(method, **chosen | how)
+    try:
+        config = HfQuantConfig(method, **chosen | how)
+    except SpecError as problem:
+        raise problem if file is None else file.blame(problem) from problem
+    config.recipe_file = None if file is None else file.label
     _check_data_options(config, how)
     return config
 

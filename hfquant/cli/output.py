@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from logging import ERROR, getLogger
 from typing import Any
 
 from rich.console import Console
@@ -75,13 +77,16 @@ def shows_progress() -> bool:
 
 
 def quiet_loading(verbose: bool) -> None:
-    """Silence transformers' bars where ours are silent, and its notes unless they are asked for."""
+    """Silence transformers' bars where ours are silent, and notes of libraries to each other unless asked for."""
     from transformers.utils import logging
 
     if not shows_progress():
         logging.disable_progress_bar()
     if verbose:
         logging.set_verbosity_info()
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    getLogger("bitsandbytes").setLevel(ERROR)
 
 
 @contextmanager

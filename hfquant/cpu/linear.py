@@ -95,8 +95,7 @@ def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
     weight.levels = hold(weight, levels_of(spec.scheme.weight.grid, spec.layout) if table is None else table)
     counts = spec.scheme.weight.blocks.counts(spec.shape)
     if "zero" in tensors:
-        needed = counts[0] * packed_width(counts[1], weight.zero_bits)
-        weight.zero = hold(weight, tensors["zero"], needed, "zero points")
+        _describe_zeros(weight, tensors["zero"], counts)
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec):
         row = (1, counts[0] * counts[1])
@@ -111,6 +110,14 @@ def describe(tensors: dict[str, Tensor], spec: PackedSpec) -> Weight:
         weight.scale = hold(weight, tensors["scale"], counts[0] * counts[1], "scales")
         weight.scale_type = TYPES[tensors["scale"].dtype]
     return weight
+
+
+def _describe_zeros(weight: Weight, zero: Tensor, counts: tuple[int, int]) -> None:
+    """Zero points of R x C blocks: real ones, which their dtype tells, or whole ones in the bits of a code."""
+    width = packed_width(counts[1], weight.zero_bits)
+    if zero.dtype in TYPES:
+        weight.zero_bits, weight.zero_type, width = 8 * zero.element_size(), TYPES[zero.dtype], counts[1]
+    weight.zero = hold(weight, zero, counts[0] * width, "zero points")
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from .types import TYPES, Input, Weight
 
 NAME = "cpu"  # of the kernel
-ABI = 2
+ABI = 3
 
 
 class Library:

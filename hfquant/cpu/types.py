@@ -20,7 +20,8 @@ class Weight(ctypes.Structure):
         *((name, c_int64) for name in ("n", "k", "row_bytes", "group", "scale_height")),
         *((name, c_void_p) for name in ("codes", "levels", "scale", "zero")),
         *((name, c_void_p) for name in ("scale_codes", "scale_levels", "scale_scale")),
-        *(("scale_group", c_int64), ("bits", c_int32), ("zero_bits", c_int32), ("scale_type", c_int32)),
+        *(("scale_group", c_int64), ("bits", c_int32), ("zero_bits", c_int32)),
+        *((name, c_int32) for name in ("zero_type", "scale_type")),
     )
 
 

@@ -61,4 +61,4 @@ def both(x: Tensor, to: Parameters) -> tuple[Tensor, Tensor]:
     return found
 
 
-ROUNDING = Rounding(KERNEL.name, why_not, codes, values, both)
+ROUNDING = Rounding(KERNEL.name, why_not, codes, values, both, real_zeros=True)

@@ -57,6 +57,8 @@ def why_not(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | 
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec) and isinstance(inner.scale, TensorSpec):
         return "reads scales that are quantized once, not twice"
+    if isinstance(spec.scheme.weight.zero, str) and dtype == torch.float16:
+        return "real zero points may lie beyond float16 numbers: use bfloat16 inputs"
     if reason := why_not_here(capability):
         return reason
     if not launcher().fits(spec.scheme.weight.numbers(), dtype):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def conformance(name: str, *, models: Sequence[str] = MODELS, **options: Any) ->
     return report
 
 
+def _core_recipes() -> list[Recipe]:
+    """The methods of the core, and zero points: on the grid, and the real ones that a merged adapter leaves."""
+    whole = HfQuantConfig("int4", symmetric=False, group_size=32).recipe
+    real = replace(whole, scheme=replace(whole.scheme, weight=replace(whole.scheme.weight, zero="float32")))
+    return [*(HfQuantConfig(method).recipe for method in _CORE_METHODS), whole, real]
+
+
 def _of(name: str) -> tuple[list[str], tuple[Kernel, ...]]:
     """Methods and kernels of a backend, or the one method of that name."""
     load_all()
@@ -97,6 +105,6 @@ def _check(
         if check_weights(report, method, config.recipe):  # a model would only repeat what is wrong with its weights
             configs[method] = config
     for kernel in kernels:
-        check_kernel(report, kernel, [*recipes, *(HfQuantConfig(method).recipe for method in _CORE_METHODS)])
+        check_kernel(report, kernel, [*recipes, *_core_recipes()])
     if models and configs:
         check_models(report, configs, models, folder)

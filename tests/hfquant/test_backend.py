@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from hfquant.grids import GRIDS, Codebook
 from hfquant.kernel import Kernel
 from hfquant.presets import kbit
 from hfquant.ranges import RANGES
+from tests import fresh
 
-ROOT = Path(__file__).parents[2]
 GOOD = """
 from functools import partial
 from hfquant.backend import Backend
@@ -87,9 +86,8 @@ def tables() -> list[list[str]]:
 def python(program: str, *path: Path, **environment: str) -> str:
     """Run a program in a fresh process with distributions on its path; what it printed last."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HFQUANT")}
-    clean["PYTHONPATH"] = os.pathsep.join(map(str, [*path, ROOT]))
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env={**clean, **environment}, check=False)
+    added = f"import sys; sys.path[:0] = {list(map(str, path))}\n"
+    done = fresh.run(added + program, environment={**clean, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

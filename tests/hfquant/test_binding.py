@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def test_both_ways_give_the_same(recipe: Recipe, bias: bool) -> None:
         for _ in range(2):
             assert torch.equal(module(x), by_operator(module, x))
     assert torch.equal(trained, by_operator(module, x)) and trained.requires_grad is bias
+
+
+@torch.no_grad()
+def test_tensors_that_come_to_mean_something_else_are_bound_anew() -> None:
+    """The very same codes and scales, on another grid."""
+    module, x = layer(), drawn(3, 64, seed=1)
+    before = module(x)
+    scheme = Scheme(TensorSpec("nf4", Blocks(1, 16)))
+    module.hold(dict(zip(module.spec.names, module.packed(), strict=True)), replace(module.spec, scheme=scheme))
+    assert torch.equal(module(x), by_operator(module, x)) and not torch.allclose(module(x), before)
 
 
 @torch.no_grad()

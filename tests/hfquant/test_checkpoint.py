@@ -17,21 +17,29 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hfquant import FormatError, HfQuantConfig, SpecError
 from hfquant.testing.fakehub import FakeHub
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from tests import fresh
+
+SIZES = ["10GB", "40KB"]
+"""Of shards: one file, and several."""
 
 
-@pytest.fixture(params=["10GB", "40KB"], ids=["one-file", "shards"])
-def native(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+def saved(folder: Path, size: str) -> Path:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(folder / "source")
     config = HfQuantConfig("int4")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
-    model.save_pretrained(tmp_path / "native", max_shard_size=request.param)
-    return tmp_path / "native"
+    model = LlamaForCausalLM.from_pretrained(folder / "source", quantization_config=config)
+    model.save_pretrained(folder / "native", max_shard_size=size)
+    return folder / "native"
+
+
+@pytest.fixture(params=SIZES, ids=["one-file", "shards"])
+def native(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return saved(tmp_path, request.param)
 
 
 @pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel"])
 def test_plain_transformers_raises_instead_of_returning_random_weights(native: Path, cls: str) -> None:
     script = f"import sys, transformers; transformers.{cls}.from_pretrained(sys.argv[1]); print('LOADED')"
-    done = subprocess.run([sys.executable, "-c", script, str(native)], capture_output=True, text=True, timeout=120)
+    done = fresh.run(script, native)
     assert done.returncode != 0
     assert "LOADED" not in done.stdout
     assert "OSError" in done.stderr
@@ -68,43 +76,54 @@ def test_saving_over_an_older_checkpoint_leaves_no_stale_shards(native: Path) ->
     LlamaForCausalLM.from_pretrained(native)
 
 
-ROUND_TRIP = """
-import os, sys, torch, hfquant
-from pathlib import Path
-from safetensors.torch import load_file, save_file
+# Each repository is named after what is pushed and how. For some the token is only an argument.
+PUSHED = [f"{held}-{how}-{size}" for held in SIZES for how in ("push_to_hub", "save_and_push") for size in SIZES]
+PUSH = """
+import os, sys, hfquant
 from transformers import AutoModelForCausalLM
-source, size, how = sys.argv[1:]
-if how == "push_to_hub":
-    AutoModelForCausalLM.from_pretrained(source).push_to_hub("me/model", max_shard_size=size)
-elif how == "save_and_push":
-    model = AutoModelForCausalLM.from_pretrained(source)
-    hub = {"repo_id": "me/model", "token": os.environ.pop("HF_TOKEN")}
-    model.save_pretrained(source + "-out", push_to_hub=True, max_shard_size=size, **hub)
-else:
-    model = AutoModelForCausalLM.from_pretrained("me/model")
-    ids = torch.arange(1, 14)[None]
+folder, *names = sys.argv[1:]
+token = os.environ["HF_TOKEN"]
+for name in names:
+    held, how, size = name.split("-")
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{held}/native")
+    if how == "push_to_hub":
+        os.environ["HF_TOKEN"] = token
+        model.push_to_hub("me/" + name, max_shard_size=size)
+    else:
+        os.environ.pop("HF_TOKEN", None)
+        hub = {"repo_id": "me/" + name, "token": token}
+        model.save_pretrained(f"{folder}/{name}", push_to_hub=True, max_shard_size=size, **hub)
+"""
+LOAD = """
+import sys, torch, hfquant
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+folder, *names = sys.argv[1:]
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained("me/" + name)
     with torch.no_grad():
-        save_file({"logits": model(input_ids=ids).logits}, how)
+        save_file({"logits": model(input_ids=torch.arange(1, 14)[None]).logits}, f"{folder}/{name}.logits")
 """
 
 
-@pytest.mark.parametrize("how", ["push_to_hub", "save_and_push"])
-@pytest.mark.parametrize("size", ["10GB", "40KB"])
-def test_push_to_hub_and_back(native: Path, tmp_path: Path, size: str, how: str) -> None:
-    model = LlamaForCausalLM.from_pretrained(native)
+def test_push_to_hub_and_back(tmp_path: Path) -> None:
+    """Everything is pushed by one process, and loaded by another."""
+    for size in SIZES:
+        model = LlamaForCausalLM.from_pretrained(saved(tmp_path / size, size))
     with torch.no_grad():
         expected = model(input_ids=torch.arange(1, 14)[None]).logits
     with FakeHub(lfs_from=20_000) as hub:
-        environment = {**os.environ, **hub.environment()}
-        for step in (how, str(tmp_path / "logits.safetensors")):
-            command = [sys.executable, "-c", ROUND_TRIP, str(native), size, step]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        for program in (PUSH, LOAD):
+            command = [sys.executable, "-c", program, str(tmp_path), *PUSHED]
+            environment = {**os.environ, **hub.environment()}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
-        files = hub.repos["me/model"].files
-    assert "hfquant.safetensors.index.json" in files
-    assert (len([name for name in files if name.endswith(".safetensors")]) > 1) == (size == "40KB")
-    assert not [name for name in files if name.startswith("model")]
-    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+        files = {name: list(hub.repos[f"me/{name}"].files) for name in PUSHED}
+    for name in PUSHED:
+        assert "hfquant.safetensors.index.json" in files[name]
+        assert (len([file for file in files[name] if file.endswith(".safetensors")]) > 1) == name.endswith("40KB")
+        assert not [file for file in files[name] if file.startswith("model")]
+        assert torch.equal(load_file(tmp_path / f"{name}.logits")["logits"], expected)
 
 
 def test_generation_works_after_reload(native: Path) -> None:

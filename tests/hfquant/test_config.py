@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hfquant.backend import Backend, register, unregister
 from hfquant.presets import kbit
 from hfquant.recipe import PRESETS
 from hfquant.testing.tiny import tiny_model
+from tests import fresh
 
 METHODS = [name for name in PRESETS.names() if PRESETS.owner(name) == "core [hfquant]"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -135,7 +134,8 @@ def test_infinity_survives_the_file(limit: float, tmp_path: Path) -> None:
 
 def test_recipe_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("method: int4\ngroup_size: 32\nrange:\n  name: mse\n  norm: 2.4\nmodules_to_not_convert: []\n")
+    entries = ("method: int4", "group_size: 32", "range: {name: mse, norm: 2.4}", "modules_to_not_convert: []")
+    path.write_text("quantize:\n" + "".join(f"  {entry}\n" for entry in entries))
     options = {"group_size": 32, "range": {"name": "mse", "norm": 2.4}, "modules_to_not_convert": []}
     assert HfQuantConfig.from_recipe(path) == HfQuantConfig("int4", **options)
     assert HfQuantConfig.from_recipe(str(path)) == HfQuantConfig.from_recipe(path)
@@ -144,17 +144,13 @@ def test_recipe_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- int4\n", "a recipe is a mapping with a 'method'"),
-        ("group_size: 4\n", "a recipe is a mapping with a 'method'"),
-        ("", "a recipe is a mapping with a 'method'"),
-        ("method: int4\n4: 5\n", "a recipe is a mapping with a 'method'"),
-        ("method: [int4\n", "is not YAML"),
-        ("method: !!python/object/apply:os.getcwd []\n", "is not YAML"),
-        ("method: int4\ngroup: 4\n", "has no option 'group'"),
-        ("method: 4\n", "is a string, got 4"),
+        ("quantize:\n  method: int4\n  group: 4\n", "line 3: method 'int4' has no option 'group'"),
+        ("# one\nquantize:\n  method: 4\n", "line 2: .*is a string, got 4"),
+        ("quantize:\n  group_size: 4\n", "line 1: quantize.method: is missing"),
+        ("lora: {init: eora}\n", "has no section 'quantize'"),
     ],
 )
-def test_wrong_recipe_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_recipe_names_the_file_and_the_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(SpecError, match=message) as caught:
@@ -275,7 +271,8 @@ def test_a_checkpoint_makes_nothing_run_or_load() -> None:
         "try: HfQuantConfig.from_dict(data)\n"
         "except BackendError: print(json.dumps([started, 'this' in sys.modules]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = fresh.run(program)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[], False]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -16,6 +14,7 @@ from hfquant import cpu, doctor, gpu
 from hfquant.backend import Plugin
 from hfquant.build import LIBRARY, build_library
 from hfquant.doctor import BROKEN, NOTE, OK, Check, check_folder, check_library, check_requirement, examine, is_broken
+from tests import fresh
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,8 @@ def test_the_instruction_set_in_use_is_named_with_the_others():
 def test_an_instruction_set_that_is_not_there_is_broken():
     program = "from hfquant.doctor import examine; print(*(c.to_dict() for c in examine()), sep='\\n')"
     environment = {**os.environ, "HFQUANT_CPU_ISA": "nonsense"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = fresh.run(program, environment=environment)
+    assert done.returncode == 0, done.stderr
     checks = [Check(**ast.literal_eval(line)) for line in done.stdout.splitlines()]
     broken = [check for check in checks if check.state == BROKEN]
     assert [check.name for check in broken] == ["cpu instructions"]

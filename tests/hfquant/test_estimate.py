@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from hfquant.preview import preview
 from hfquant.source import empty_model
 from hfquant.testing.tiny import tiny_model
 from hfquant.throughput import Throughput
+from tests import fresh
 
 BUNDLED = Path(__file__).parents[1] / "models"
 SPEED = Throughput(1e12, 1e12, 1e12, 1e12, 1e12, 1e-6, 1e-9)
@@ -139,9 +138,8 @@ print(json.dumps({"promised": promised, "seconds": spent, "peak_mb": report.peak
 
 
 def reality(src, out, **options):
-    command = [sys.executable, "-c", PROGRAM, src, out, BUNDLED / "heldout.txt", json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+    done = fresh.run(PROGRAM, src, out, BUNDLED / "heldout.txt", json.dumps(options), environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,12 +1,14 @@
 """Packed experts compute what their model's own class computes with the dequantized weights."""
 
 import copy
-import re
+import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -20,7 +22,9 @@ from hfquant import HfQuantConfig, UnsupportedError, use_kernel
 from hfquant.config import HfQuantConfig as Config
 from hfquant.coverage import survey
 from hfquant.cpu import Library
+from hfquant.expert_view import ExpertsView
 from hfquant.experts import AT_ONCE, QExperts, RoutedExperts, expert_projections, why_not_experts
+from hfquant.quantize import pack, quantize_linear
 from hfquant.stats import Stats
 from hfquant.swap import quantize_into, swap_in, swap_out
 from hfquant.testing.tiny import tiny_inputs, tiny_model
@@ -193,11 +197,113 @@ def test_casting_keeps_packed_bits_and_casts_biases():
     assert not any(packed._parameters[name].requires_grad for name in packed.packed_names())
 
 
-def test_reading_a_packed_weight_says_where_it_went():
-    packed, _ = both("mixtral")
-    assert not hasattr(packed, "gate_up_proj") and not hasattr(packed, "nonsense")
-    with pytest.raises(AttributeError, match=re.escape("read it with dequantize('gate_up_proj', dtype)")):
-        _ = packed.gate_up_proj
+def test_fused_weights_are_views_that_no_listing_shows():
+    packed, plain = both("gpt_oss")
+    for module in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        view = module.gate_up_proj
+        assert (view.shape, view.dtype, view.device) == (plain.gate_up_proj.shape, torch.float32, torch.device("cpu"))
+        assert torch.equal(view + 0, plain.gate_up_proj) and not view.requires_grad
+        assert "gate_up_proj" not in {*module.state_dict(), *dict(module.named_parameters(recurse=False))}
+        assert not module.waiting() and not hasattr(module, "nonsense") and not hasattr(module, "up_proj")
+    assert packed.to(torch.bfloat16).gate_up_proj.dtype == torch.bfloat16
+
+
+def adapted(holder: Holder, *names: str) -> None:
+    """Give the experts of `holder` stock adapters on all projections, with seeded values."""
+    targets = [f"experts.{name}" for name in holder.experts.specs]
+    for name in names:
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=targets, init_lora_weights=False)
+        inject_adapter_in_model(config, holder, name)
+    with torch.no_grad():
+        for seed, parameter in enumerate(p for name, p in holder.named_parameters() if "lora_" in name):
+            parameter.copy_(drawn(*parameter.shape, seed=seed) / parameter.shape[-1] ** 0.5)
+
+
+def adapted_pair(kind: str, *names: str, method: str = "int4", **options) -> tuple[Holder, Holder]:
+    """Packed experts and dense ones of the same values with the same stock adapters."""
+    packed, plain = both(kind, method, **options)
+    plain.specs = packed.specs
+    pair = Holder(packed), Holder(plain)
+    for holder in pair:
+        adapted(holder, *names)
+        for wrapper in holder.modules():
+            if hasattr(wrapper, "set_adapter"):
+                wrapper.set_adapter(list(names))
+    return pair
+
+
+@pytest.mark.parametrize("names", [("one",), ("one", "two")], ids=["one adapter", "two at once"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_stock_adapters_on_packed_experts_are_those_on_dense_ones(kind, names):
+    results = []
+    for holder in adapted_pair(kind, *names):
+        x, index, weights = routed()
+        x.requires_grad_(), weights.requires_grad_()
+        y = holder.experts(x, index, weights)
+        learned = {name: p for name, p in holder.named_parameters() if "lora_" in name}
+        grads = torch.autograd.grad(y, (x, weights, *learned.values()), drawn(*y.shape, seed=9))
+        with torch.no_grad():  # a few tokens run all experts at once
+            few = holder.experts(x[:2], index[:2], weights[:2])
+        results.append((list(learned), [y, few, *grads], holder.experts.get_base_layer()(x, index, weights)))
+    (names_ours, ours, base_ours), (names_theirs, theirs, _) = results
+    assert names_ours == names_theirs and len(names_ours) == 4 * len(names)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+    assert (ours[0] - base_ours).norm() > 0.1 * base_ours.norm()
+    assert all(grad.abs().sum() > 0 for grad in ours[2:])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest floating-point tensor that an operator makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and type(value) is not ExpertsView and value.is_floating_point():
+                self.size = max(self.size, value.numel())
+        return out
+
+
+def test_adapting_packed_experts_never_makes_a_weight_of_all_experts():
+    seen = []
+    for holder in adapted_pair("mixtral", "one"):
+        with Largest() as largest:
+            holder.experts(*routed()).sum().backward()
+        seen.append(largest.size)
+    one = 2 * WIDE * HIDDEN
+    assert seen[0] <= one < EXPERTS * one <= seen[1]
+
+
+def turned(packed: QExperts) -> None:
+    """Quantize the experts' weights again in the Hadamard basis of their inputs."""
+    recipe = Config("int8").recipe
+    for projection in list(packed.specs):
+        dense = packed.dequantize(projection, torch.float32)
+        matrices = dense.transpose(1, 2) if packed.is_transposed else dense
+        parts = [pack(quantize_linear(w.contiguous(), recipe, rotated=True), recipe) for w in matrices]
+        packed.hold(
+            projection, {name: torch.stack([part[name] for part, _ in parts]) for name in parts[0][0]}, parts[0][1]
+        )
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+def test_merging_quantizes_the_sum_in_the_basis_of_the_codes(kind, rotated):
+    holder, dense = adapted_pair(kind, "one", method="int8")
+    packed, inputs = holder.experts.get_base_layer(), routed()
+    if rotated:
+        turned(packed)
+    wanted, base = dense.experts(*inputs), dense.experts.get_base_layer()(*inputs)
+    before = {name: packed.get_parameter(name).clone() for name in packed.packed_names()}
+    for projection in packed.specs:  # what did not change keeps its codes
+        packed.write(projection, packed.dequantize(projection, torch.float32))
+    assert all(torch.equal(packed.get_parameter(name), value) for name, value in before.items())
+    merged = holder.experts.unload_and_optionally_merge_module(merge=True, safe_merge=rotated, adapter_names=None)
+    assert merged is packed and all(spec.rotated is rotated for spec in packed.specs.values())
+    assert not any(torch.equal(packed.get_parameter(name), before[name]) for name in before if name.endswith("codes"))
+    assert (packed(*inputs) - wanted).norm() < 0.03 * (wanted - base).norm()
 
 
 def test_a_class_that_does_not_describe_itself_is_left_alone_with_a_reason():
@@ -258,20 +364,64 @@ def moe(tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("int4"))
 
 
+EVERY_EXPERT = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
 @pytest.mark.parametrize(
     "targets",
     [
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},  # PEFT turns these into parameters itself
+        {"target_modules": ["q_proj"], "target_parameters": EVERY_EXPERT},
+        # PEFT turns what transformers 4 called modules into parameters itself
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+        {"target_modules": r".*\.(q_proj|gate_proj|up_proj|down_proj)"},
+        {"target_modules": "all-linear"},
     ],
-    ids=["parameters", "modules"],
+    ids=["parameters", "modules", "pattern", "all-linear"],
 )
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # PEFT says that nothing matched, and goes on
-def test_adapters_for_packed_experts_are_refused_instead_of_training_nothing(moe, targets):
-    with pytest.raises(UnsupportedError, match=r"experts\.(gate_up|down)_proj.*modules_to_not_convert"):
-        get_peft_model(moe, LoraConfig(**targets))
-    with pytest.raises(UnsupportedError, match="packed"):
-        inject_adapter_in_model(LoraConfig(**targets), copy.deepcopy(moe), "other")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # PEFT looks for the pattern of the rank among modules
+def test_every_way_to_name_experts_reaches_packed_ones(moe, targets, tmp_path):
+    ids = tiny_inputs(moe)["input_ids"]
+    fresh = copy.deepcopy(moe)
+    counted = moe.num_parameters(), len(moe.state_dict())
+    model = get_peft_model(moe, LoraConfig(r=2, init_lora_weights=False, **targets)).eval()
+    found = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(name.endswith(("mlp.experts", "mlp.experts.base_layer")) for name in found) == 4
+    assert sum(name.endswith("q_proj") for name in found) == 2
+    logits = model(input_ids=ids, labels=ids)
+    logits.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, logits.logits)
+    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in again.state_dict())
+    assert counted == (again.unload().num_parameters(), len(again.unload().state_dict()))
+
+
+def test_an_adapter_that_does_not_reach_a_packed_weight_is_refused(moe):
+    with pytest.raises(UnsupportedError, match=r"q_proj\.weight.*target_modules instead, \"q_proj\""):
+        get_peft_model(moe, LoraConfig(target_modules=["v_proj"], target_parameters=["self_attn.q_proj.weight"]))
+
+
+def test_experts_that_an_adapter_could_not_be_put_on_are_refused(moe, monkeypatch):
+    """As if PEFT looked for parameters in another way than hfquant knows."""
+    monkeypatch.setattr("hfquant.experts.asked_by", lambda package: False)
+    with (
+        pytest.raises(UnsupportedError, match=r"experts\.down_proj.*modules_to_not_convert=\[\"experts\"\]"),
+        pytest.warns(RuntimeWarning, match="no parameter was matched"),
+    ):
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], target_parameters=EVERY_EXPERT), moe, "other")
+
+
+def test_an_adapter_that_replaces_packed_experts_is_refused():
+    packed, _ = both("mixtral")
+
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    register_parametrization(packed, "down_proj", Twice())
+    with pytest.raises(UnsupportedError, match="'down_proj' than to add to it"):
+        packed(*routed())
 
 
 def test_adapters_beside_packed_experts_train(moe):

@@ -16,7 +16,7 @@ from hfquant.layouts import LAYOUTS, Dense, default_layout, packed_spec, unpack
 from hfquant.qtensor import QTensor
 from hfquant.quantize import bits_per_weight, pack, pack_empty, quantize_linear
 from hfquant.recipe import Recipe, Step
-from hfquant.spec import Scheme, TensorSpec
+from hfquant.spec import SCALE_DTYPES, Scheme, TensorSpec
 from hfquant.stats import Stats
 
 GRIDS = [
@@ -44,7 +44,7 @@ scales = st.sampled_from(["float32", "float16", "bfloat16", DOUBLE, NESTED])
 blocks = st.builds(Blocks, st.sampled_from([-1, 1, 1, 1, 3, 4]), st.sampled_from([-1, 1, 4, 5, 16]))
 specs = st.one_of(
     st.builds(TensorSpec, st.sampled_from(GRIDS + FITTED), blocks, st.just(False), scales),
-    st.builds(TensorSpec, st.sampled_from(UNSIGNED), blocks, st.just(True), scales),
+    st.builds(TensorSpec, st.sampled_from(UNSIGNED), blocks, st.sampled_from([True, *SCALE_DTYPES]), scales),
 )
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 21))
 

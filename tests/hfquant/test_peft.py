@@ -14,14 +14,12 @@ from peft import (
     PeftModel,
     VeraConfig,
     get_peft_model,
-    prepare_model_for_kbit_training,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfquant import HfQuantConfig
 from hfquant.nn import QEmbedding, QLinear
-from hfquant.swap import packed_modules
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -154,19 +152,6 @@ def test_marks_do_not_claim_another_library(llama, monkeypatch):
     assert_all_adapters_learn(get_peft_model(llama, AdaLoraConfig(target_modules=["q_proj"], total_step=10)))
 
 
-def test_preparing_for_kbit_training_turns_on_checkpointing_and_input_gradients(llama):
-    packed = {f"{n}.{leaf}": m._parameters[leaf].clone() for n, m in packed_modules(llama) for leaf in m.spec.names}
-    model = prepare_model_for_kbit_training(llama)
-    assert model.is_gradient_checkpointing and not any(p.requires_grad for p in model.parameters())
-    model.train()
-    assert model.get_input_embeddings()(tiny_inputs(model)["input_ids"]).requires_grad
-    for name, before in packed.items():
-        after = model.get_parameter(name)
-        assert after.dtype == before.dtype and torch.equal(after, before)
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    assert_all_adapters_learn(model)
-
-
 def assert_all_adapters_learn(model: PeftModel) -> None:
     inputs = tiny_inputs(model)
     model.train()
@@ -181,7 +166,6 @@ def assert_all_adapters_learn(model: PeftModel) -> None:
 
 LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
-    "lora": LoraConfig(target_modules=LINEARS, init_lora_weights=False),
     "dora": LoraConfig(target_modules=LINEARS, use_dora=True),
     "rslora": LoraConfig(target_modules="all-linear", use_rslora=True, lora_dropout=0.1),
     "adalora": AdaLoraConfig(target_modules=LINEARS, total_step=10),
@@ -194,7 +178,6 @@ KINDS = {
 
 # How far to move each adapter's parameters, so that its effect is well above the rounding of int8.
 STRENGTH = {
-    "lora": 0.02,
     "dora": 0.05,
     "rslora": 0.05,
     "adalora": 0.4,
@@ -223,27 +206,6 @@ def test_every_kind_of_adapter_trains_and_merges(eight_bit, kind):
     print(kind, f"effect {effect:.3f}, merge {error:.3f}")
     assert effect > 0.1 and error < effect / 2
     assert all(type(m) is not torch.nn.Linear for n, m in model.named_modules() if n.endswith("q_proj"))
-
-
-def test_two_adapters_are_independent(llama, tmp_path):
-    ids = tiny_inputs(llama)["input_ids"]
-    base = logits(llama, ids)
-    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    model = get_peft_model(llama, config, adapter_name="one")
-    model.add_adapter("two", copy.deepcopy(config))
-    model.eval()
-    seen = {}
-    for name in ("one", "two", "one"):
-        model.set_adapter(name)
-        seen.setdefault(name, []).append(logits(model, ids))
-    assert torch.equal(*seen["one"]) and not torch.equal(seen["one"][0], seen["two"][0])
-    with model.disable_adapter():
-        assert torch.equal(logits(model, ids), base)
-    model.save_pretrained(tmp_path)
-    model.delete_adapter("two")
-    model.load_adapter(tmp_path / "two", adapter_name="again")
-    model.set_adapter("again")
-    assert torch.equal(logits(model, ids), seen["two"][0])
 
 
 def test_gpt2_conv1d_layers_take_adapters(tmp_path):

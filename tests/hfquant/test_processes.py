@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +16,7 @@ from hfquant.report import REPORT_NAME
 from hfquant.staging import partial_folder
 from hfquant.stats import HESSIAN, InputStats
 from hfquant.testing.tiny import tiny_model
+from tests.fresh import run_ranks
 
 # Starved experts and an output layer included; `stop` kills the whole run in the second block.
 RUN = """
@@ -67,17 +64,9 @@ dist.destroy_process_group()
 
 def start(script: str, *arguments: object, count: int = 2) -> list[int]:
     """Run a script in some processes that know of each other, to the end of the last; returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    running = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(count)]
-    try:
-        return [process.wait(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    ends = run_ranks(script, *arguments, count=count)
+    print(*(end.stderr for end in ends), sep="\n")  # what pytest shows if the test fails
+    return [end.returncode for end in ends]
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ def tensors(draw: st.DrawFn) -> QTensor:
     """Random parts, not the result of quantizing something."""
     shape = draw(st.tuples(st.integers(1, 7), st.integers(2, 13)))
     name = draw(st.sampled_from(["int4", "uint3", "nf4", "e4m3fn", "quantile3"]))
+    how = draw(st.sampled_from([True, "float32", "bfloat16"])) if name == "uint3" else False
     nested = draw(st.booleans())
     inner = TensorSpec("uint8", Blocks(1, draw(st.integers(1, 9))))
-    spec = TensorSpec(name, draw(st.builds(Blocks, sides, sides)), name == "uint3", inner if nested else "bfloat16")
+    spec = TensorSpec(name, draw(st.builds(Blocks, sides, sides)), how, inner if nested else "bfloat16")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     counts = spec.blocks.counts(shape)
     size = 8 if name == "quantile3" else grid(name).size
@@ -44,6 +45,8 @@ def tensors(draw: st.DrawFn) -> QTensor:
     order = torch.randperm(shape[1], generator=generator).to(torch.int32) if draw(st.booleans()) else None
     levels = torch.randn(8, generator=generator).sort().values if name == "quantile3" else None
     zero = codes(counts, 8) if spec.zero else None
+    if isinstance(how, str):
+        zero = (9 * torch.randn(counts, generator=generator)).to(spec.zero_dtype)
     return QTensor(codes(shape, size), scale, zero, order, spec, levels, outliers)
 
 

@@ -1,7 +1,5 @@
 """Save, reload in a fresh process, compare bit for bit; and what coverage says, for every kind of architecture."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from hfquant import HfQuantConfig
 from hfquant.experts import QExperts
 from hfquant.swap import packed_modules
 from hfquant.testing.tiny import KINDS, tiny_inputs, tiny_model
+from tests import fresh
 
 METHODS = {
     "int4": {"block_size": 48},  # 64 = 48 + 16 and 176 = 3 * 48 + 32: ragged groups in every layer
@@ -55,7 +54,8 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
             save_file(inputs, folder / "inputs.safetensors")
             (folder / "class.txt").write_text(type(model).__name__)
     folders = [str(root / f"{kind}-{method}") for kind, method in before]
-    subprocess.run([sys.executable, "-c", RELOAD, *folders], check=True, timeout=300)
+    done = fresh.run(RELOAD, *folders)
+    assert done.returncode == 0, done.stderr
     return {
         (kind, method): (logits, load_file(root / f"{kind}-{method}" / "again.safetensors")["logits"])
         for (kind, method), logits in before.items()

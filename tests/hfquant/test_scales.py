@@ -11,7 +11,7 @@ import hfquant  # noqa: F401  registers the grids of the core
 from hfquant.blocks import Blocks
 from hfquant.grids import grid
 from hfquant.qtensor import QTensor
-from hfquant.scales import as_stored, decode, encode, scale_from_bounds, store_scales, zero_from_bounds
+from hfquant.scales import as_stored, decode, encode, round_to, scale_from_bounds, store_scales, zero_from_bounds
 from hfquant.spec import TensorSpec
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -65,6 +65,30 @@ def test_asymmetric_ranges_hold_zero_and_both_bounds(pair: list[float], bits: in
     back = decode(encode(inside, scale, zero, numbers), scale, zero, numbers)
     assert float(back[0]) == 0.0
     assert ((back - inside).abs() <= 0.5001 * scale).all()
+
+
+@given(st.integers(2, 8), st.integers(0, 999))
+def test_codes_are_nearest_for_real_zero_points(bits: int, seed: int) -> None:
+    numbers, generator = grid(f"uint{bits}"), torch.Generator().manual_seed(seed)
+    scale = torch.rand(5, 1, generator=generator) + 0.1
+    zero = numbers.size * torch.randn(5, 1, generator=generator)
+    x = 3 * numbers.size * torch.randn(5, 40, generator=generator)
+    codes = encode(x, scale, zero, numbers)
+    levels = (torch.arange(numbers.size).double() - zero.double()[..., None]) * scale.double()[..., None]
+    best = (levels - x.double()[..., None]).abs().amin(-1)
+    back = decode(codes, scale, zero, numbers)
+    assert ((back.double() - x.double()).abs() <= best + 1e-6 * x.abs().max()).all()
+    assert torch.equal(round_to(x, scale, zero, numbers), back)
+
+
+@given(st.integers(2, 8), st.integers(0, 999))
+def test_whole_zero_points_round_ties_to_an_even_step(bits: int, seed: int) -> None:
+    """Steps, not codes, are even: the same weights for every zero point."""
+    numbers, generator = grid(f"uint{bits}"), torch.Generator().manual_seed(seed)
+    zero = torch.randint(numbers.size, (6, 1), generator=generator).float()
+    steps = torch.randint(-2 * numbers.size, 2 * numbers.size, (6, 30), generator=generator) / 2
+    expected = (steps.round() + zero).clamp(0, numbers.size - 1)
+    assert torch.equal(encode(0.5 * steps, torch.tensor(0.5), zero, numbers).float(), expected)
 
 
 @pytest.mark.parametrize("zero", [False, True])

@@ -108,6 +108,7 @@ def test_integers_are_themselves(bits: int) -> None:
         assert told(weight(TensorSpec(name, Blocks(1, 32)))) == f"INT{bits}"
     zero = torch.ones(4, 2, dtype=torch.uint8)
     assert told(weight(TensorSpec(f"uint{bits}", Blocks(1, 32), zero=True), zero=zero)) == f"INT{bits} asymmetric"
+    assert told(weight(TensorSpec(f"uint{bits}", Blocks(1, 32), zero="float32"), zero=zero.float())) is None
 
 
 # ---- four-bit floats

@@ -21,7 +21,8 @@ grids = st.sampled_from(["int4", "int8n", "uint4", "e2m1", "e4m3fn", "nf4", "qua
 scales = st.recursive(dtypes, lambda inner: st.builds(TensorSpec, grids, blocks, st.just(False), inner), max_leaves=3)
 symmetric = st.builds(TensorSpec, grids, blocks, st.just(False), scales)
 tensors = st.one_of(
-    symmetric, st.builds(TensorSpec, st.sampled_from(["uint2", "uint8"]), blocks, st.just(True), scales)
+    symmetric,
+    st.builds(TensorSpec, st.sampled_from(["uint2", "uint8"]), blocks, st.one_of(st.just(True), dtypes), scales),
 )
 inputs = st.builds(
     InputSpec,
@@ -70,6 +71,19 @@ def test_scale_dtype_is_what_a_search_looks_at() -> None:
     assert TensorSpec("int4", row, scale=TensorSpec("uint8", row, scale="float16")).scale_dtype == torch.float32
 
 
+def test_zero_points_have_a_dtype() -> None:
+    row = Blocks(1, -1)
+    found = [TensorSpec("uint4", row, zero).zero_dtype for zero in (False, True, "float32", "float16", "bfloat16")]
+    assert found == [None, torch.uint8, torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_zero_points_on_the_grid_are_recorded_as_ever() -> None:
+    """Checkpoints of earlier versions hold these very words."""
+    stored = '{"grid": "uint4", "blocks": [1, 64], "zero": true, "scale": "bfloat16"}'
+    assert json.dumps(TensorSpec("uint4", Blocks(1, 64), True, "bfloat16").to_dict()) == stored
+    assert TensorSpec.from_dict(json.loads(stored)).zero is True
+
+
 def test_only_integer_grids_are_affine() -> None:
     row = Blocks(1, -1)
     assert is_affine(TensorSpec("uint4", row, True)) and is_affine(TensorSpec("int8n", row))
@@ -82,6 +96,10 @@ def test_only_integer_grids_are_affine() -> None:
         (lambda: TensorSpec("int4", Blocks(1, 64), scale="float64"), "float32, float16, bfloat16 or quantized"),
         (lambda: TensorSpec("int4", Blocks(1, 64), zero=True), "unsigned integer grid such as uint4, got 'int4'"),
         (lambda: TensorSpec("nf4", Blocks(1, 64), zero=True), "unsigned integer grid such as uint4, got 'nf4'"),
+        (lambda: TensorSpec("int4", Blocks(1, 64), zero="float32"), "unsigned integer grid such as uint4, got 'int4'"),
+        (lambda: TensorSpec("uint4", Blocks(1, 64), zero="float64"), "float32, float16, bfloat16, got 'float64'"),
+        (lambda: TensorSpec("uint4", Blocks(1, 64), zero=1), "zero is True, False, or"),
+        (lambda: InputSpec(TensorSpec("uint8", Blocks(1, -1), zero="float32")), "use zero=True instead of 'float32'"),
         (
             lambda: TensorSpec("int4", Blocks(1, 64), scale=TensorSpec("uint8", Blocks(1, 256), zero=True)),
             "without a zero point: give their spec zero=False",

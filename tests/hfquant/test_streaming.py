@@ -6,9 +6,9 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hfquant.source import model_class
 from hfquant.staging import partial_folder
 from hfquant.swap import packed_modules
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from tests import fresh
 
 RUN = """
 import os, signal, sys
@@ -168,8 +169,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     stop: str, whole: Path, source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", RUN, str(source), str(out), stop], capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = fresh.run(RUN, source, out, stop)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     before = journal_of(out)[1:]
     done = ["model.layers.0", "model.layers.1"][: KILLED[stop]]
@@ -320,9 +321,7 @@ def test_a_file_that_the_system_refuses_ends_the_run_and_leaves_no_half_of_it(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(source), str(out)], capture_output=True, text=True, timeout=300
-    )
+    ended = fresh.run(LIMITED, source, out)
     assert ended.returncode == 1 and "too large" in ended.stderr.lower()
     assert not out.exists()
     finished = {line["shard"] for line in journal_of(out)[1:]}
@@ -383,26 +382,30 @@ def test_starting_over_does_not_go_on(source: Path, whole: Path, tmp_path: Path)
 
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from hfquant.journal import Journal
 journal = Journal(Path(sys.argv[1]), {"run": 1}, True)
-print("held", flush=True)
+Path(sys.argv[2] + ".part").write_text(str(os.getpid()))
+os.rename(sys.argv[2] + ".part", sys.argv[2])
 time.sleep(300)
 """
 
 
 def test_two_processes_do_not_write_to_one_folder(source: Path, tmp_path: Path) -> None:
     folder = partial_folder(tmp_path / "out")
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(SpecError, match="another process is writing to"):
-            hfquant.quantize(source, config(), tmp_path / "out")
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
+    held = tmp_path / "held"
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fresh.run, HOLD, folder, held)
+        while not held.exists() and not other.done():
+            time.sleep(0.01)
+        assert held.exists(), other.result().stderr
+        try:
+            with pytest.raises(SpecError, match="another process is writing to"):
+                hfquant.quantize(source, config(), tmp_path / "out")
+        finally:
+            os.kill(int(held.read_text()), signal.SIGKILL)
+        assert other.result().returncode == -signal.SIGKILL
     with pytest.raises(SpecError, match="something else"):  # the lock is gone with the process
         hfquant.quantize(source, config(), tmp_path / "out")
 

@@ -1,7 +1,6 @@
 """Two ranks compute what one process computes; what cannot be cut is refused before it is loaded."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hfquant.quantize import pack, quantize_linear
 from hfquant.recipe import Recipe
 from hfquant.spec import InputSpec, Scheme, TensorSpec
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from tests.fresh import run_ranks
 
 CONFIGS = {
     "int4": {"group_size": 8, "layout": "dense"},
@@ -36,10 +36,9 @@ def runs(tmp_path_factory):
         model.save_pretrained(folder / method)
         with torch.no_grad():
             expected[method] = model(**tiny_inputs(model)).logits
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    program = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
+    for done in run_ranks(program, folder, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+        assert done.returncode == 0, done.stderr[-4000:]
     return folder, expected
 
 
@@ -116,6 +115,7 @@ def test_packed_experts_are_refused(tmp_path):
 SPLIT = [
     GROUPS,
     TensorSpec("uint8", Blocks(1, -1), True),
+    TensorSpec("uint4", Blocks(1, 32), "float32"),  # zero points that are numbers of their own share no byte
     TensorSpec("int4", Blocks(-1, -1)),
     TensorSpec("quantile4", Blocks(1, 16)),
     TensorSpec("e4m3fn", Blocks(8, 16)),

@@ -224,7 +224,7 @@ struct AnyWeight {
     int64_t columns, rows;  // of its blocks
     bool nested, zeros;
     Packed codes;
-    Numbers levels, scales, scale_levels, outer;
+    Numbers levels, scales, scale_levels, outer, real_zero;
     Packed scale_codes, zero;
 
     AnyWeight(Random &random, const Sizes &s) : AnyWeight(random, s, frame(random, s), random.one_in(4), random.one_in(2)) {}
@@ -236,7 +236,7 @@ struct AnyWeight {
                                 : float(scales[block]);
         return (float(level(i, j)) - float(shift(i, j))) * by;
     }
-    double size(int64_t i, int64_t j) const { return (std::fabs(level(i, j)) + shift(i, j)) * scale(i, j); }
+    double size(int64_t i, int64_t j) const { return (std::fabs(level(i, j)) + std::fabs(shift(i, j))) * scale(i, j); }
 
   private:
     static hfq_weight frame(Random &random, const Sizes &s) {
@@ -245,6 +245,8 @@ struct AnyWeight {
         const int64_t groups_of[] = {1, 8, 12, 16, 32, 32, 40, 64, 64, 96, 128, 128, 256, s.k, s.k + 5}, heights[] = {1, 1, 1, 3, 16, s.n};
         w.group = random.of(groups_of), w.scale_height = random.of(heights);
         w.scale_type = int32_t(random.between(0, 2)), w.zero_bits = int32_t(random.between(2, 8));
+        w.zero_type = int32_t(random.between(0, 2));
+        if (random.one_in(3)) w.zero_bits = w.zero_type == HFQ_FLOAT32 ? 32 : 16;
         const int64_t groups_of_scales[] = {1, 7, 16, 64, 256};
         w.scale_group = random.of(groups_of_scales);
         return w;
@@ -256,7 +258,9 @@ struct AnyWeight {
           scales(random, nested ? 0 : rows * columns, w.scale_type, 0.01, 0.1),
           scale_levels(random, nested ? 256 : 0, HFQ_FLOAT32, 0.1, 1),
           outer(random, nested ? ceil_div(rows * columns, w.scale_group) : 0, HFQ_FLOAT32, 0.01, 0.1),
-          scale_codes(random, 1, nested ? rows * columns : 0, 8), zero(random, zeros ? rows : 0, columns, w.zero_bits) {
+          real_zero(random, zeros && w.zero_bits > 8 ? rows * columns : 0, w.zero_type, -20, 20),
+          scale_codes(random, 1, nested ? rows * columns : 0, 8),
+          zero(random, zeros && w.zero_bits <= 8 ? rows : 0, columns, std::min(w.zero_bits, 8)) {
         if (random.one_in(2))
             for (int64_t code = 0; code < levels.floats.size(); code++) levels.floats[code] = float(code % 256);
         w.codes = codes.bytes.data(), w.row_bytes = codes.row_bytes, w.levels = levels.floats.data();
@@ -266,11 +270,15 @@ struct AnyWeight {
         } else {
             w.scale = scales.data();
         }
-        if (zeros) w.zero = zero.bytes.data();
+        if (zeros) w.zero = w.zero_bits > 8 ? static_cast<const uint8_t *>(real_zero.data()) : zero.bytes.data();
     }
 
     double level(int64_t i, int64_t j) const { return levels[codes.at(i, j)]; }
-    double shift(int64_t i, int64_t j) const { return zeros ? zero.at(i / w.scale_height, j / w.group) : 0; }
+    double shift(int64_t i, int64_t j) const {
+        const int64_t row = i / w.scale_height, column = j / w.group;
+        if (!zeros) return 0;
+        return w.zero_bits > 8 ? real_zero[row * columns + column] : double(zero.at(row, column));
+    }
     double scale(int64_t i, int64_t j) const {
         const int64_t block = i / w.scale_height * columns + j / w.group;
         return nested ? scale_levels[scale_codes.at(0, block)] * outer[block / w.scale_group] : scales[block];

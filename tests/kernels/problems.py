@@ -56,8 +56,10 @@ def random_weight(shape: tuple[int, int], spec: TensorSpec, seed: int) -> QTenso
     else:
         scale = scale.to(spec.scale_dtype)
     zero = None
-    if spec.zero:
+    if spec.zero is True:
         zero = torch.randint(spec.numbers().size, counts, generator=generator, dtype=torch.uint8)
+    elif spec.zero:
+        zero = (spec.numbers().size * (torch.randn(counts, generator=generator) + 0.5)).to(spec.zero_dtype)
     return QTensor(codes, scale, zero, None, spec)
 
 
@@ -85,11 +87,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_refuses_short(run: Callable[..., Tensor], name: str) -> None:
     """A kernel refuses a weight with too few numbers in the tensor `name`: "codes", "scale" or "zero"."""
-    q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), True), 0)
-    tensors, spec = packed(q, "dense")
-    tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
-    with pytest.raises(FormatError, match="the checkpoint is damaged"):
-        run(torch.ones(1, 64), tensors, None, spec)
+    for zero in (True, "bfloat16"):
+        q = random_weight((16, 64), TensorSpec("uint4", Blocks(1, 32), zero), 0)
+        tensors, spec = packed(q, "dense")
+        tensors[spec.names.index(name)] = tensors[spec.names.index(name)][:-1]
+        with pytest.raises(FormatError, match="the checkpoint is damaged"):
+            run(torch.ones(1, 64), tensors, None, spec)
 
 
 def assert_same_on_threads(x: Tensor, tensors: list[Tensor], spec: PackedSpec) -> None:
@@ -135,7 +138,7 @@ def problems(
     how: Any = draw(st.sampled_from(["float32", "bfloat16", "float16", TensorSpec("dyn8", Blocks(1, 256))]))
     if isinstance(how, TensorSpec) and blocks.rows != 1:
         how = "bfloat16"
-    zero = grid.startswith("uint") and draw(st.booleans())
+    zero = grid.startswith("uint") and draw(st.sampled_from([False, True, "float32", "bfloat16", "float16"]))
     spec = TensorSpec(grid, blocks, zero, how)
     layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits < 8 else "bytes"
     seed = draw(st.integers(0, 2**31))

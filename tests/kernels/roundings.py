@@ -37,10 +37,11 @@ def numbers(grid: Grid, shape: tuple[int, int], generator: torch.Generator) -> T
 
 
 @st.composite
-def roundings(draw: st.DrawFn) -> tuple[Tensor, Parameters]:
-    """A matrix, not always without gaps between rows, and what it is rounded to."""
+def roundings(draw: st.DrawFn, real_zeros: bool = False) -> tuple[Tensor, Parameters]:
+    """A matrix, not always without gaps between rows, and what it is rounded to, with real zero points if asked."""
     book = draw(st.booleans()) and draw(st.booleans())
     to = Codebook("book", FITTED[draw(st.integers(0, 3)) :]) if book else grid(draw(st.sampled_from(NAMES)))
+    to = grid(draw(st.sampled_from(["uint2", "uint4", "uint8"]))) if real_zeros else to
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = draw(st.integers(1, 9)), draw(st.one_of(st.integers(1, 70), st.integers(500, 1100)))
     blocks = Blocks(draw(st.sampled_from([1, 2, 3, -1])), draw(st.sampled_from([1, 3, 12, 16, 32, 100, -1])))
@@ -51,6 +52,9 @@ def roundings(draw: st.DrawFn) -> tuple[Tensor, Parameters]:
     asymmetric = isinstance(to, IntGrid) and not to.is_signed and draw(st.booleans())
     zero = torch.randint(to.size, counts, generator=generator).float() if asymmetric else None
     x = numbers(to, (shape[0], shape[1] + draw(st.sampled_from([0, 3]))), generator)[:, : shape[1]]
+    if real_zeros:
+        zero = draw(st.sampled_from([0.5, 20.0, 1e4, 5e6, 1e9])) * torch.randn(counts, generator=generator)
+        x.sub_(blocks.expand(zero, shape)).mul_(blocks.expand(scale, shape))  # so that all codes are met
     return x.to(draw(st.sampled_from(DTYPES))), Parameters(to, scale, zero, blocks.sides(shape))
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 
 from hfquant import build
 from hfquant.kernel import REFERENCE
+from tests import fresh
 
 from .problems import ISAS
 
-# Without torch, whose import takes most of a process's time.
 ISA = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -41,8 +40,9 @@ def run(program: str, asked: str | None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HFQUANT_")}
     if asked is not None:
         environment["HFQUANT_CPU_ISA"] = asked
-    command = [sys.executable, "-c", program, str(build.cpu_library())]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = fresh.run(program, build.cpu_library(), environment=environment)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.parametrize("asked", ISAS)

@@ -98,6 +98,14 @@ def whole(x: Tensor, to: Grid) -> Params:
     return Params(spec, to, scale, scale, None)
 
 
+@pytest.mark.parametrize(("zero", "count"), [(7.0, 3), (7.5, 0)])
+def test_zero_points_that_are_not_whole_are_left_to_torch(zero: float, count: int, taken: list[str]) -> None:
+    x, numbers = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), grid("uint4")
+    to = Parameters(numbers, torch.full((3, 1), 0.25), torch.full((3, 1), zero), (1, 8))
+    found = [compiled.codes(x, to), compiled.values_in_blocks(x, to), compiled.values(x, to.scale, to.zero, numbers)]
+    assert len(taken) == sum(each is not None for each in found) == count
+
+
 def test_results_do_not_depend_on_threads() -> None:
     x, before = torch.randn(70, 1000, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     to = Parameters(grid("dyn8"), torch.rand(70, 32, generator=torch.Generator().manual_seed(1)), None, (1, 32))

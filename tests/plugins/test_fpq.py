@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,13 +27,14 @@ from hfquant.rounders import to_nearest
 from hfquant.spec import InputSpec, TensorSpec
 from hfquant.stats import Stats
 from hfquant.swap import packed_modules
-from hfquant.testing import conformance
+from hfquant.testing import conformance, model_checks
 from hfquant.testing.tiny import tiny_inputs, tiny_model
 from hfquant_fpq import weights
 from hfquant_fpq.inputs import find, fpq
 from hfquant_fpq.preset import fpq as preset
 from hfquant_fpq.shift import bounded
 from hfquant_fpq.space import Space, formats, unsigned_formats
+from tests import fresh
 from tests.models import HELDOUT, MODEL_DIR
 from tests.models.outliers import spread
 
@@ -52,7 +54,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     ],
     ids=str,
 )
-def test_conformance(options: dict[str, Any]) -> None:
+def test_conformance(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_checks, "subprocess", SimpleNamespace(run=fresh.subprocess_run))
     conformance("fpq", models=("llama", "mixtral") if options.get("act_bits") == 8 else ("llama",), **options)
 
 
@@ -216,29 +219,33 @@ def formats_of(model: PreTrainedModel) -> dict[str, tuple[str, str]]:
     return {name: (scheme.weight.grid, scheme.input.tensor.grid) for name, scheme in schemes.items()}
 
 
-def test_formats_survive_saving_and_loading(tmp_path: Path) -> None:
-    data = [torch.randint(3, 1000, (8, 32), generator=torch.Generator().manual_seed(0))]
-    config = HfQuantConfig("fpq", act_bits=4, data=data)
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, quantization_config=config)
-    found = formats_of(model)
-    assert len(set(found.values())) > 1, "layers differ, or this shows nothing"
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert formats_of(again) == found
-    ids = data[0][:2]
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+IDS = torch.randint(3, 1000, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_command_line_way_gives_the_same_and_inspect_tells(tmp_path: Path) -> None:
-    data = [torch.randint(3, 1000, (8, 32), generator=torch.Generator().manual_seed(0))]
-    config = HfQuantConfig("fpq", act_bits=8, data=data)
+@pytest.fixture(scope="module")
+def loaded() -> PreTrainedModel:
+    """The trained model, quantized while loading; the tests only look at it."""
+    config = HfQuantConfig("fpq", act_bits=4, data=[IDS])
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, quantization_config=config)
+
+
+@torch.no_grad()
+def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    assert formats_of(one) == formats_of(other)
+    assert torch.equal(one(IDS[:2]).logits, other(IDS[:2]).logits)
+
+
+def test_formats_survive_saving_and_loading(loaded: PreTrainedModel, tmp_path: Path) -> None:
+    assert len(set(formats_of(loaded).values())) > 1, "layers differ, or this shows nothing"
+    loaded.save_pretrained(tmp_path / "saved")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32), loaded)
+
+
+def test_the_command_line_way_gives_the_same_and_inspect_tells(loaded: PreTrainedModel, tmp_path: Path) -> None:
+    config = HfQuantConfig("fpq", act_bits=4, data=[IDS])
     hfquant.quantize(MODEL_DIR, config, tmp_path / "out", dtype="float32")
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    loaded = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, quantization_config=config)
-    assert formats_of(streamed) == formats_of(loaded)
-    with torch.no_grad():
-        assert torch.equal(streamed(data[0][:2]).logits, loaded(data[0][:2]).logits)
+    assert_same(streamed, loaded)
     found = inspect_checkpoint(tmp_path / "out")
     told = {layer.name: layer.grid for layer in found.layers}
     assert told == {name: weight for name, (weight, _) in formats_of(streamed).items()}

@@ -86,7 +86,9 @@ class RowParameters {
         const uint8_t *from = w.zero + row / w.scale_height * bytes;
         ask(from, bytes);
         for (int64_t g = 0; g < groups; g += 16) {
-            const __m512 zeros = w.zero_bits == 4 ? nibbles(from + g / 2, groups - g) : others(from, g);
+            const __m512 zeros = w.zero_bits > 8    ? load_floats(from, g, groups - g, w.zero_type)
+                                 : w.zero_bits == 4 ? nibbles(from + g / 2, groups - g)
+                                                    : others(from, g);
             const __m512 offsets = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), zeros), _mm512_loadu_ps(scale + g));
             _mm512_storeu_ps(zero + g, as_offsets ? offsets : zeros);
         }

@@ -81,6 +81,12 @@ inline uint32_t code_at(const uint8_t *row, int64_t column, int bits) {
     return word >> shift & ((1u << bits) - 1);
 }
 
+inline float load(const void *from, int64_t index, int type) {
+    if (type == HFQ_FLOAT32) return static_cast<const float *>(from)[index];
+    const uint16_t bits = static_cast<const uint16_t *>(from)[index];
+    return type == HFQ_BFLOAT16 ? from_bf16(bits) : from_half(bits);
+}
+
 // Scales of row `row` as float32.
 inline void row_scales(const hfq_weight &w, int64_t row, float *scale) {
     const int64_t groups = ceil_div(w.k, w.group), start = row / w.scale_height * groups;
@@ -102,7 +108,8 @@ inline void row_scales(const hfq_weight &w, int64_t row, float *scale) {
 inline void row_zeros(const hfq_weight &w, int64_t row, float *zero) {
     const int64_t groups = ceil_div(w.k, w.group);
     const uint8_t *from = w.zero + row / w.scale_height * ceil_div(groups * w.zero_bits, 8);
-    for (int64_t g = 0; g < groups; g++) zero[g] = float(code_at(from, g, w.zero_bits));
+    for (int64_t g = 0; g < groups; g++)
+        zero[g] = w.zero_bits > 8 ? load(from, g, w.zero_type) : float(code_at(from, g, w.zero_bits));
 }
 
 inline void row_parameters(const hfq_weight &w, int64_t row, float *scale, float *zero) {
@@ -124,12 +131,6 @@ inline void scale_levels(const hfq_weight &w, const float *scale, const float *z
         for (int64_t j = start - first; j < stop - first; j++) values[j] = (values[j] - offset) * factor;
         start = stop;
     }
-}
-
-inline float load(const void *from, int64_t index, int type) {
-    if (type == HFQ_FLOAT32) return static_cast<const float *>(from)[index];
-    const uint16_t bits = static_cast<const uint16_t *>(from)[index];
-    return type == HFQ_BFLOAT16 ? from_bf16(bits) : from_half(bits);
 }
 
 inline void store(void *to, int64_t index, int type, float value) {

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define HFQ_ABI 2
+#define HFQ_ABI 3
 #define HFQ_EXPORT __attribute__((visibility("default")))
 
 enum hfq_type { HFQ_FLOAT32 = 0, HFQ_BFLOAT16 = 1, HFQ_FLOAT16 = 2 };
@@ -31,7 +31,8 @@ typedef struct hfq_weight {
     const float *scale_scale;    /* and the factors of these, */
     int64_t scale_group;         /* each for so many scales */
     int32_t bits;             /* of a code: 2 to 8 */
-    int32_t zero_bits;
+    int32_t zero_bits;        /* 2 to 8 for whole numbers; 16 or 32 for real ones, */
+    int32_t zero_type;        /* of this hfq_type */
     int32_t scale_type;       /* hfq_type */
 } hfq_weight;
 

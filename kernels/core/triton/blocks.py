@@ -47,6 +47,26 @@ _BFLOAT16 = (
     Tile(64, 64, 64, 64, 4, 3, True),
     Tile(ANY, 128, 128, 32, 8, 3, False),
 )
+# Instructions of sm_90 and later take 64 rows, of earlier ones 16.
+_FLOAT8 = {
+    "sm_89": (
+        Tile(16, 16, 64, 128, 4, 3, True),
+        Tile(64, 64, 64, 128, 4, 3, True),
+        Tile(ANY, 128, 128, 128, 8, 3, False),
+    ),
+    "sm_90": (Tile(64, 64, 64, 128, 4, 3, True), Tile(ANY, 128, 128, 128, 8, 3, False)),
+    "gfx942": (
+        Tile(16, 16, 64, 128, 4, 2, True),
+        Tile(64, 64, 64, 128, 4, 2, True),
+        Tile(ANY, 128, 128, 128, 8, 2, False),
+    ),
+}
+
+
+def _half(table: Table) -> Table:
+    """A product that is scaled before it is added takes registers of its own: half as many columns are left."""
+    return tuple(tile._replace(bn=64) for tile in table)
+
 
 # By what is computed, then by architecture. gfx942 has warps of 64 threads and 64 KiB of shared memory.
 TILES: dict[str, dict[str, Table]] = {
@@ -93,22 +113,12 @@ TILES: dict[str, dict[str, Table]] = {
         "sm_90": (*_INT8, Tile(ANY, 128, 128, 128, 8, 3, False)),
         "gfx942": (*_INT8, Tile(ANY, 128, 128, 128, 8, 2, False)),
     },
-    # Float8 times float8. Instructions of sm_90 and later take 64 rows, of earlier ones 16.
-    "float8": {
-        "sm_89": (
-            Tile(16, 16, 64, 128, 4, 3, True),
-            Tile(64, 64, 64, 128, 4, 3, True),
-            Tile(ANY, 128, 128, 128, 8, 3, False),
-        ),
-        "sm_90": (Tile(64, 64, 64, 128, 4, 3, True), Tile(ANY, 128, 128, 128, 8, 3, False)),
-        "gfx942": (
-            Tile(16, 16, 64, 128, 4, 2, True),
-            Tile(64, 64, 64, 128, 4, 2, True),
-            Tile(ANY, 128, 128, 128, 8, 2, False),
-        ),
-    },
+    # Float8 times float8, and the same with scales for each product.
+    "float8": _FLOAT8,
+    "float8_scaled": {name: _half(table) for name, table in _FLOAT8.items()},
     # Other levels of quantized inputs and weights, in bfloat16.
     "bfloat16": {"sm_80": _BFLOAT16, "gfx942": _BFLOAT16},
+    "bfloat16_scaled": {"sm_80": _half(_BFLOAT16), "gfx942": _half(_BFLOAT16)},
 }
 
 # GPUs whose number says less than their instructions: those for desktops have the matrix instructions of sm_89.
@@ -120,7 +130,9 @@ def like(architecture: str, known: list[str]) -> str:
 
     Where there is no older one it is the oldest, and of another maker's GPUs, or what is no GPU, the oldest of all.
     """
-    architecture = architecture if architecture in known else SIMILAR.get(architecture, architecture)
+    if architecture in known:
+        return architecture
+    architecture = SIMILAR.get(architecture, architecture)
     family = architecture.rstrip("0123456789abcdef") if architecture.startswith("gfx") else "sm_"
     number = _number(architecture)
     kin = sorted((name for name in known if name.startswith(family)), key=_number) or sorted(known, key=_number)
@@ -187,9 +199,6 @@ def int8_tile(architecture: str, rows: int) -> Tile:
 
 
 def levels_tile(architecture: str, rows: int, is_float8: bool, is_scaled: bool) -> Tile:
-    """The tile for products of levels, as float8 numbers or in bfloat16; `is_scaled`: each has scales of its own.
-
-    A product that is scaled before it is added takes registers of its own: half as many columns are left.
-    """
-    found = with_room("float8" if is_float8 else "bfloat16", architecture, rows)
-    return found._replace(bn=64) if is_scaled else found
+    """The tile for products of levels, as float8 numbers or in bfloat16; `is_scaled`: each has scales of its own."""
+    what = "float8" if is_float8 else "bfloat16"
+    return with_room(f"{what}_scaled" if is_scaled else what, architecture, rows)

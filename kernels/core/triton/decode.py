@@ -27,6 +27,15 @@ def bits_at(stored, row, index, BITS: tl.constexpr):
 
 
 @triton.jit
+def zeros_at(zero, row, index, BITS: tl.constexpr):
+    """Zero points at places `index` of rows that begin at `row`: int32 of BITS bits, or float32 for BITS of 0."""
+    if BITS == 0:
+        return tl.load(zero + (row + index)).to(tl.float32)
+    else:
+        return bits_at(zero, row, index, BITS)
+
+
+@triton.jit
 def four_bits_of(words, MAGIC: tl.constexpr):
     """The eight codes of each of `words` [R, W] int32, in order: [R, 8 W] uint16, each with the bits of MAGIC set.
 
@@ -122,6 +131,13 @@ def from_magic(placed, zero, dtype: tl.constexpr):
 
 
 @triton.jit
+def shifted(code, zero, dtype: tl.constexpr):
+    """`code`, of at most 8 bits, - `zero`, float32, rounded to dtype."""
+    placed = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+    return ((placed - 8388608.0) - zero).to(dtype)
+
+
+@triton.jit
 def floats(code, ZERO: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr):
     """Numbers float32 of a floating-point grid: `code` - ZERO is a sign and the bits of the magnitude.
 
@@ -135,9 +151,14 @@ def floats(code, ZERO: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexp
 @triton.jit
 def numbers(code, table, zero, KIND: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr,
             MANTISSA: tl.constexpr, FACTOR: tl.constexpr):  # fmt: skip
-    """Numbers in dtype of codes of any grid; KIND says how: "integer", "float", or "table" for a lookup."""
+    """Numbers in dtype of codes of any grid; KIND says how.
+
+    "integer", "shifted" for integers off by a real number, "float", or "table" for a lookup.
+    """
     if KIND == "integer":
         return integers(code, zero, dtype, BITS)
+    elif KIND == "shifted":
+        return shifted(code, zero, dtype)
     elif KIND == "float":
         return floats(code, zero, MANTISSA, FACTOR).to(dtype)
     else:

@@ -13,7 +13,7 @@ from hfquant.spec import PackedSpec
 
 from . import launch
 from .blocks import tile_for
-from .decode import bits_at, numbers, numbers_of_words, scales
+from .decode import bits_at, numbers, numbers_of_words, scales, zeros_at
 
 WHOLE = ("codes", "zero", "scale", "scale_codes", "scale_scale")  # packed tensors that are read as [E, ...]
 
@@ -59,7 +59,7 @@ def grouped_kernel(
             seen = tl.load(x_tile + k[:, None], mask=k[:, None] < K, other=0.0)
             group = step * BK // GROUP
             if zero is not None:
-                offset = bits_at(zero, zero_row, group, ZERO_BITS)
+                offset = zeros_at(zero, zero_row, group, ZERO_BITS)
             else:
                 offset = tl.full((1, 1), ZERO, tl.int32)
             if WORDS:

@@ -46,12 +46,15 @@ def hardware(device: torch.device) -> Hardware:
 
 @dataclass(frozen=True)
 class Shape:
-    """What does not depend on tensors: the arguments of the kernel that describe the weight."""
+    """What does not depend on tensors: the arguments of the kernel that describe the weight.
+
+    `zero_bits` are 0 for zero points that are real numbers; `zero_stride` is in bytes, or in these.
+    """
 
     bits: int
     row_bytes: int
     zero_bits: int
-    zero_bytes: int
+    zero_stride: int
     height: int
     group: int
     counts: tuple[int, int]
@@ -64,12 +67,13 @@ def shape_of(spec: PackedSpec) -> Shape:
     weight = spec.scheme.weight
     height, group = weight.blocks.sides(spec.shape)
     counts = weight.blocks.counts(spec.shape)
-    zero_bits = weight.numbers().bits
-    bits = zero_bits if spec.layout == "dense" else 8
+    grid_bits = weight.numbers().bits
+    bits = grid_bits if spec.layout == "dense" else 8
     inner = weight.scale
     scale_group = inner.blocks.sides((1, counts[0] * counts[1]))[1] if isinstance(inner, TensorSpec) else 1
-    zero_bytes = packed_width(counts[1], zero_bits)
-    return Shape(bits, packed_width(spec.shape[1], bits), zero_bits, zero_bytes, height, group, counts, scale_group)
+    real = isinstance(weight.zero, str)
+    zero_bits, zero_stride = (0, counts[1]) if real else (grid_bits, packed_width(counts[1], grid_bits))
+    return Shape(bits, packed_width(spec.shape[1], bits), zero_bits, zero_stride, height, group, counts, scale_group)
 
 
 def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
@@ -111,7 +115,7 @@ def check(tensors: dict[str, Tensor], spec: PackedSpec) -> None:
     """Raises FormatError if a tensor is too short: a kernel reads what it is told to."""
     shape, count = shape_of(spec), spec.shape[0]
     blocks = shape.counts[0] * shape.counts[1]
-    needed = {"codes": count * shape.row_bytes, "zero": shape.counts[0] * shape.zero_bytes, "order": spec.shape[1]}
+    needed = {"codes": count * shape.row_bytes, "zero": shape.counts[0] * shape.zero_stride, "order": spec.shape[1]}
     inner = spec.scheme.weight.scale
     if isinstance(inner, TensorSpec):
         needed |= {"scale_codes": blocks, "scale_scale": -(-blocks // shape.scale_group)}
@@ -184,7 +188,9 @@ def described(spec: PackedSpec, dtype: torch.dtype, device: torch.device, archit
     """
     shape, weight = shape_of(spec), spec.scheme.weight
     how, table, levels = decoding(weight.grid, dtype), None, None
-    if words and how.kind != "integer" and dtype.itemsize == 2 and permutes(architecture):
+    if not shape.zero_bits:
+        how = replace(how, kind="shifted")  # by real zero points
+    elif words and how.kind != "integer" and dtype.itemsize == 2 and permutes(architecture):
         how = replace(how, kind="permute")
     if how.kind in ("permute", "table") and "levels" not in spec.names:
         table = (bytes_of if how.kind == "permute" else table_of)(weight.grid, dtype, device)
@@ -192,7 +198,7 @@ def described(spec: PackedSpec, dtype: torch.dtype, device: torch.device, archit
         levels = table_of(weight.scale.grid, torch.float32, device)
     arguments = dict(  # noqa: C408
         table=table, zero=None, scale_levels=levels, scale_factors=None, N=spec.shape[0], K=spec.shape[1],
-        row_stride=shape.row_bytes // 4 if words else shape.row_bytes, zero_stride=shape.zero_bytes,
+        row_stride=shape.row_bytes // 4 if words else shape.row_bytes, zero_stride=shape.zero_stride,
         scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group,
         BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
         LEVEL=how.level, GROUP=shape.group, ZERO_BITS=shape.zero_bits, enable_fp_fusion=True,

@@ -38,6 +38,14 @@ def to_integer(x):
 
 
 @triton.jit
+def to_any_integer(x):
+    """The same for any `x` float32, but 0 has no sign; NaN and what is infinite stay."""
+    magnitude = tl.abs(x)
+    whole = (magnitude + 8388608.0) - 8388608.0  # 2^23: from there on there are no fractions
+    return tl.where(magnitude < 8388608.0, tl.where(x < 0, -whole, whole), x)
+
+
+@triton.jit
 def to_float(x, EXPONENT: tl.constexpr, M: tl.constexpr):
     """The nearest number with M mantissa bits of `x` float32, which the largest one bounds; NaN stays.
 
@@ -108,13 +116,13 @@ def round_kernel(
     factor = tl.load(scale + block)
     x = tl.div_rn(number, tl.broadcast_to(factor, (ROWS, COLUMNS)))
     if KIND == "integer":
-        level = to_integer(limited(x, -1024.0, 1024.0))
         if zero is not None:
             offset = tl.load(zero + block)
-            place = limited(level + offset, 0.0, HIGH - LOW)
+            whole = to_any_integer(offset)
+            place = limited(to_any_integer(x + (offset - whole)) + whole, 0.0, HIGH - LOW)
             level = place - offset
         else:
-            level = limited(level, LOW, HIGH)
+            level = limited(to_integer(limited(x, -1024.0, 1024.0)), LOW, HIGH)
             place = level - LOW
         code = tl.where(place == place, (place + 8388608.0).to(tl.int32, bitcast=True), 0)
     elif KIND == "float":

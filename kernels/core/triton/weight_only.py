@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import bits_at, numbers, numbers_of_words, scales
+from .decode import bits_at, numbers, numbers_of_words, scales, zeros_at
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def numbers_of_tile(
     column = k if EVEN else tl.where(k < K, k, 0)
     if zero is not None:
         group = column[None, :] // GROUP if INSIDE else step * BK // GROUP
-        offset = bits_at(zero, block[:, None] * zero_stride, group, ZERO_BITS)
+        offset = zeros_at(zero, block[:, None] * zero_stride, group, ZERO_BITS)
     else:
         offset = tl.full((1, 1), ZERO, tl.int32)
     if WORDS:

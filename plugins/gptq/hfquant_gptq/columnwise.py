@@ -25,7 +25,7 @@ def column_rounder(params: Params, shape: tuple[int, int]) -> RoundColumn:
     """The rounding of the columns of a matrix of `shape` [N, K] by its grid parameters [R, C]."""
     scale = _by_block(params.scale, params, shape)
     zero = None if params.zero is None else _by_block(params.zero, params, shape)
-    if (both := compiled.both(scale, params.grid)) is not None:
+    if (both := compiled.both(scale, params.grid, zero)) is not None:
         return _compiled(both, scale, zero, params.grid)
     if zero is not None:
         return _asymmetric(scale, zero, params.grid.size - 1)
@@ -54,8 +54,11 @@ def _compiled(both: Both, scale: Tensor, zero: Tensor | None, grid: Grid) -> Rou
 
 
 def _asymmetric(scale: Tensor, zero: Tensor, top: int) -> RoundColumn:
+    whole = zero.round()
+    rest = zero - whole  # of zero points that are real numbers
+
     def round_column(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        codes = (x / scale[block]).round_().add_(zero[block]).clamp_(0, top)
+        codes = (x / scale[block]).add_(rest[block]).round_().add_(whole[block]).clamp_(0, top)
         return codes, (codes - zero[block]).mul_(scale[block])
 
     return round_column

@@ -198,9 +198,8 @@ class _Sweep:
             lower, pivots = self.lower, self.factor.pivots.to(self.errors)
             for _ in range(self.sweeps):
                 descend(weight, self.errors, self.codes, lower, pivots, round_column, blocks, self.block_size)
-        zero = None if params.zero is None else params.zero.to(torch.uint8)
         codes = self.codes[self.order.argsort()].T.contiguous()
-        return with_levels(QTensor(codes, params.stored, zero, None, params.spec), params)
+        return with_levels(QTensor(codes, params.stored, params.stored_zero(), None, params.spec), params)
 
 
 def _rows_at_once(w: Tensor, spec: TensorSpec) -> int:

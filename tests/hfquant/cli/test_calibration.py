@@ -75,8 +75,8 @@ def test_every_option_reaches_the_library(hfquant, source, tmp_path, asked):
 
 def test_a_recipe_gives_what_the_command_line_does_not(hfquant, source, text, tmp_path, asked):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"method: gptq\nbits: 3\ngroup_size: 32\ndata: {text}\nsamples: 9\nseed: 1\n"
-                      "modules_to_not_convert: [o_proj]\n")  # fmt: skip
+    entries = ("method: gptq", "bits: 3", "group_size: 32", f"data: {text}", "samples: 9", "seed: 1")
+    recipe.write_text("\n  ".join(["quantize:", *entries, "modules_to_not_convert: [o_proj]"]))
     run = ("quantize", source, "-o", tmp_path / "out", "--recipe", recipe)
     assert "enough" in hfquant(*run, status=2).stderr
     assert asked["config"] == HfQuantConfig.from_recipe(recipe)

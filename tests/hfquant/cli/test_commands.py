@@ -24,6 +24,7 @@ from hfquant.inspection import inspect_checkpoint
 from hfquant.preview import preview
 from hfquant.recipe import PRESETS
 from hfquant.testing.tiny import tiny_inputs, tiny_model
+from tests import fresh
 
 
 @pytest.fixture(scope="module")
@@ -307,15 +308,11 @@ def test_doctor_builds_the_kernels_on_request(hfquant, monkeypatch, tmp_path):
 
 def test_the_process_prints_results_and_errors_where_they_belong(source, tmp_path):
     program = "import sys; from hfquant.cli import main; sys.exit(main())"
-
-    def run(*arguments):
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=False)
-
-    done = run("quantize", source, "--output", tmp_path / "out", "--json")
+    command = [sys.executable, "-c", program, "quantize", str(source), "--output", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr  # no bars where nobody looks
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
-    failed = run("quantize", tmp_path / "absent", "--output", tmp_path / "other")
+    failed = fresh.run(program, "quantize", tmp_path / "absent", "--output", tmp_path / "other")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr == f"error: there is no folder {tmp_path / 'absent'}\n"
 

@@ -233,6 +233,13 @@ def matrix_only(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: Any)
     return right(x, packed, bias, spec).reshape(-1, spec.shape[0])
 
 
+def zeros_as_integers(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: Any) -> Tensor:
+    tensors = dict(zip(spec.names, packed, strict=True))
+    if isinstance(spec.scheme.weight.zero, str):
+        tensors["zero"] = tensors["zero"].round()
+    return right(x, list(tensors.values()), bias, spec)
+
+
 EVERYWHERE = {f"agrees with the reference in {dtype}" for dtype in ("float32", "bfloat16", "float16")}
 KERNELS: dict[Callable, set[str]] = {
     no_bias: EVERYWHERE,
@@ -242,6 +249,7 @@ KERNELS: dict[Callable, set[str]] = {
     writes_input: EVERYWHERE,
     wrong_in_bfloat16: {"agrees with the reference in bfloat16"},
     matrix_only: EVERYWHERE,
+    zeros_as_integers: EVERYWHERE,
 }
 
 

@@ -61,7 +61,8 @@ def roundings(q: QTensor, dtype: torch.dtype) -> int:
     """How often a product is rounded to the dtype: the result, a level, a scaled weight."""
     levels = q.spec.numbers().levels() if q.levels is None else q.levels
     group = q.spec.blocks.sides(q.shape)[1]
-    return 1 + int(not torch.equal(levels, levels.to(dtype).float())) + int(group % 16 != 0 and group < q.shape[1])
+    in_between = isinstance(q.spec.zero, str) or not torch.equal(levels, levels.to(dtype).float())
+    return 1 + int(in_between) + int(group % 16 != 0 and group < q.shape[1])
 
 
 def assert_near(y: Tensor, x: Tensor, q: QTensor, bias: Tensor | None) -> None:
@@ -83,7 +84,8 @@ def problems(draw: st.DrawFn) -> tuple[QTensor, str, Tensor, Tensor | None]:
         shape = shape[0], draw(st.sampled_from([128, 256, 384, 512]))
     blocks = Blocks(draw(st.sampled_from([1, 1, 16, -1])), draw(st.sampled_from([-1, 16, 32, 64, 128, 12, 40, 96, 1])))
     how: Any = draw(st.sampled_from(["float32", "bfloat16", "float16", TensorSpec("dyn8", Blocks(1, 256))]))
-    spec = TensorSpec(grid, blocks, grid.startswith("uint") and draw(st.booleans()), how)
+    zero = grid.startswith("uint") and draw(st.sampled_from([False, True, "float32", "bfloat16"]))
+    spec = TensorSpec(grid, blocks, zero, how)
     layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits < 8 else "bytes"
     seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(DTYPES))
     q = random_weight(shape, spec, seed)

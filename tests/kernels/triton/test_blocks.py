@@ -52,6 +52,7 @@ def test_a_gpu_gets_the_sizes_of_the_nearest_older_one(
 def test_gpus_for_desktops_have_the_float8_instructions_of_older_ones() -> None:
     assert blocks.like("sm_120", ["sm_89", "sm_90"]) == "sm_89"
     assert blocks.like("sm_120", ["sm_89", "sm_90", "sm_120"]) == "sm_120"
+    assert blocks.like("none", ["sm_80", "none"]) == "none"
     assert blocks.like("gfx90a", ["gfx90a", "gfx942"]) == "gfx90a" and blocks.like("gfx942", ["sm_90"]) == "sm_90"
 
 

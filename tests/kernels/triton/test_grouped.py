@@ -44,7 +44,8 @@ def test_products(data: st.DataObject) -> None:
     grid = draw(st.one_of(st.sampled_from(["uint3", "uint4", "uint8"]), st.sampled_from(GRIDS)))
     blocks = Blocks(draw(st.sampled_from([1, 16, -1])), draw(st.sampled_from([-1, 16, 32, 64])))
     how: Any = draw(st.sampled_from(["float32", "bfloat16", TensorSpec("dyn8", Blocks(1, 64))]))
-    spec = TensorSpec(grid, blocks, grid.startswith("uint") and draw(st.booleans()), how)
+    zero = grid.startswith("uint") and draw(st.sampled_from([False, True, "float32"]))
+    spec = TensorSpec(grid, blocks, zero, how)
     layout = draw(st.sampled_from(["dense", "bytes"])) if spec.numbers().bits < 8 else "bytes"
     seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(DTYPES))
     weights, tensors, described = experts(count, shape, spec, layout, seed)

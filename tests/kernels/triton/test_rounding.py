@@ -29,7 +29,16 @@ from .interpret import interpreted
 @settings(max_examples=80, deadline=None)
 @given(problem=roundings())
 def test_codes_and_values_are_those_of_torch(problem: tuple[torch.Tensor, Parameters]) -> None:
-    x, to = problem
+    assert_as_torch(*problem)
+
+
+@settings(max_examples=20, deadline=None)
+@given(problem=roundings(real_zeros=True))
+def test_zero_points_may_be_any_numbers(problem: tuple[torch.Tensor, Parameters]) -> None:
+    assert_as_torch(*problem)
+
+
+def assert_as_torch(x: torch.Tensor, to: Parameters) -> None:
     codes, values = defined(x, to)
     with interpreted():
         assert torch.equal(rounding.codes(x, to), codes)
@@ -54,7 +63,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def why_not(x: torch.Tensor, to: Grid, what: str) -> str | None:
         return gpu.why_not_numbers(x, to)
 
-    here = compiled.Rounding("here", why_not, *(watched(what) for what in ("codes", "values", "both")))
+    here = compiled.Rounding("here", why_not, *(watched(what) for what in ("codes", "values", "both")), real_zeros=True)
     monkeypatch.setattr(ROUNDINGS, "_entries", {"here": (here, "hfquant")})
     return calls
 
@@ -76,8 +85,10 @@ def test_a_weight_is_quantized_alike_with_and_without_it(name: str, how: str, ta
 
 
 @pytest.mark.parametrize("rows", [1, 8, -1])
-@pytest.mark.parametrize(("name", "zero"), [("uint4", True), ("int4", False), ("e2m1", False), ("nf4", False)])
-def test_gptq_rounds_columns_in_one_operation(name: str, zero: bool, rows: int, taken: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "zero"), [("uint4", True), ("uint4", "float32"), ("int4", False), ("e2m1", False), ("nf4", False)]
+)
+def test_gptq_rounds_columns_in_one_operation(name: str, zero: bool | str, rows: int, taken: list[str]) -> None:
     w = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     params = RANGES.get("absmax")(w, TensorSpec(name, Blocks(rows, 16), zero), Stats())
     fast = column_rounder(params, (20, 32))

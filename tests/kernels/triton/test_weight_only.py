@@ -208,6 +208,7 @@ def test_what_it_declines_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ("once, not twice", replace(spec, scheme=Scheme(twice)), half, new),
         ("this GPU has 7.5", spec, half, (7, 5)),
         ("e6m1 do not fit into float16", wide, half, new),
+        ("real zero points", replace(spec, scheme=Scheme(TensorSpec("uint4", Blocks(1, 32), "float32"))), half, new),
     ):
         assert text in str(gpu.why_not(asked, dtype, capability))
     assert declined(spec, torch.device("cpu"), half)["triton"] == "triton: is for cuda, the weight is on cpu"

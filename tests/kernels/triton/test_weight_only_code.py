@@ -55,6 +55,12 @@ OTHERS = {  # kind of codes: what is stored, in which layout, the dtype of the i
     "lookup": (TensorSpec("nf4", Blocks(1, 64)), "dense", torch.bfloat16, ("sm_90", "gfx942")),
     "floating point": (TensorSpec("e2m1", Blocks(1, 32)), "dense", torch.bfloat16, ("sm_89", "sm_90")),
     "scales inside": (TensorSpec("uint3", Blocks(1, 40), True), "dense", torch.bfloat16, ("sm_100", "sm_80")),
+    "real zero points": (
+        TensorSpec("uint4", Blocks(1, 64), "float32"),
+        "dense",
+        torch.bfloat16,
+        ("sm_90", "gfx942"),
+    ),
     "float32": (TensorSpec("uint4", Blocks(1, 40), True), "dense", torch.float32, ("sm_80", "gfx942")),
 }
 

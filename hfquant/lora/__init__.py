@@ -1,0 +1,1 @@
+"""LoRA and its relatives on quantized models: what goes beyond stock PEFT."""

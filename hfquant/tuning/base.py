@@ -1,0 +1,64 @@
+"""The quantized model that adapters are trained on: made once, kept on the disk, loaded for training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import api, processes
+from ..config import HfQuantConfig
+from ..quantize import works_on_blocks
+from ..report import REPORT_NAME, Report
+from ..source import load_model
+from .request import Plan
+from .rows import Rows
+
+BASE = "base"
+"""Folder of the quantized model beside its adapters."""
+
+Tick = Callable[[str, float], None]
+
+
+def config_of(plan: Plan, rows: Rows) -> HfQuantConfig:
+    """How to quantize, with samples to calibrate on if the recipe names none of its own."""
+    config = plan.config
+    assert config is not None
+    if not config.needs_data or config.data.data is not None:
+        return config
+    return HfQuantConfig.from_recipe(plan.recipe.path, data=rows.calibration(config.data.samples))
+
+
+def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
+    """Quantize the model `source` into `folder`, unless an earlier run did; None if so.
+
+    Of several processes all calibrate together; a method without calibration is the first one's work.
+    """
+    if processes.of_first((folder / REPORT_NAME).exists()):  # all take the same way, or they wait for each other
+        return None
+    report = None
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if works_on_blocks(config.recipe):
+        report = api.quantize(source, config, folder, dtype=dtype, tick=tick)
+    elif processes.rank() == 0:
+        tick("quantizing", 0.0)
+        report = api.quantize(source, config, folder, dtype=dtype)
+    processes.barrier()
+    return report
+
+
+def load_base(source: str | Path, plan: Plan, dtype: torch.dtype | None = None) -> Any:
+    """A model, quantized or not, on the device of the training and in `dtype`, by default that of the training."""
+    place = {} if plan.device.type == "cpu" else {"device_map": {"": plan.device}}
+    return load_model(source, dtype=str(dtype or plan.dtype).removeprefix("torch."), **place)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that is not needed any more, once for all processes."""
+    processes.barrier()
+    if processes.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    processes.barrier()

@@ -1,0 +1,137 @@
+"""transformers' Trainer, as a recipe sets it up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..distill import DistillationTrainer
+from ..errors import HfQuantError
+from ..lora.check import check_gradients
+from ..recipe_file import TrainSection
+from .request import Plan
+from .rows import collate
+
+Tick = Callable[[str, float], None]
+_LOGGED = 500  # losses of a run, at most about so many
+
+
+def arguments(plan: Plan, folder: Path, samples: int, workers: int) -> TrainingArguments:
+    """The Trainer's arguments; `folder` is for what is needed to go on after a crash."""
+    section = plan.train
+    assert section is not None
+    updates = steps(section, samples, workers)
+    return TrainingArguments(
+        str(folder),
+        max_steps=updates,
+        per_device_train_batch_size=section.batch_size,
+        gradient_accumulation_steps=section.accumulate,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.schedule,
+        warmup_steps=0 if section.schedule == "constant" else round(section.warmup * updates),
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        optim=plan.optimizer,
+        gradient_checkpointing=section.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if section.checkpointing else None,
+        save_strategy="steps",
+        save_steps=section.save_every,
+        save_total_limit=1,
+        logging_steps=max(1, updates // _LOGGED),
+        logging_nan_inf_filter=False,
+        seed=section.seed,
+        data_seed=section.seed,
+        use_cpu=plan.device.type == "cpu",
+        dataloader_pin_memory=plan.device.type != "cpu",
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def steps(section: TrainSection, samples: int, workers: int) -> int:
+    """Updates of the whole training on that many samples, by that many processes."""
+    if section.steps is not None:
+        return section.steps
+    return max(1, math.ceil(section.epochs * samples / (section.batch_size * section.accumulate * workers)))
+
+
+class CheckAdapters(TrainerCallback):
+    """Sees in the first two steps that every adapter learns: one that does not is an error, not a shorter report."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients. Raises SpecError that names what has none."""
+        if state.global_step < 2:
+            check_gradients(kwargs["model"], state.global_step)
+
+
+class Watch(TrainerCallback):
+    """Tells how the training goes, and ends it where it went wrong."""
+
+    def __init__(self, tick: Tick) -> None:
+        self.tick = tick
+        self.loss: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report an update."""
+        said = "" if self.loss is None else f", loss {self.loss:.3f}"
+        self.tick(f"training{said}", state.global_step / max(1, state.max_steps))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Note the loss. Raises HfQuantError if it is not a finite number."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(float(loss)):
+            raise HfQuantError(
+                f"the loss is {loss} in step {state.global_step}: the training diverged. Lower learning_rate, or train "
+                "in float32 (dtype: float32)"
+            )
+        self.loss = float(loss)
+
+
+def train(
+    model: Any, rows: list[dict[str, Tensor]], plan: Plan, folder: Path, tick: Tick, teacher: Any = None
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Train `model` on samples, from the last state in `folder` if there is one; facts, and the losses by step.
+
+    `teacher`: whose predictions it learns in place of the next tokens, None for none. Raises HfQuantError if the
+    training diverges, SpecError for adapters that learn nothing.
+    """
+    from accelerate import PartialState
+
+    workers = PartialState().num_processes
+    given = arguments(plan, folder, len(rows), workers)
+    watched: list[Any] = [Watch(tick)] if plan.workflow.lora is None else [Watch(tick), CheckAdapters()]
+    parts = {"train_dataset": rows, "data_collator": collate, "callbacks": watched}
+    made = (
+        Trainer(model, given, **parts)
+        if teacher is None
+        else DistillationTrainer(model, given, teacher=teacher, **parts)
+    )
+    made.remove_callback(PrinterCallback)  # the report has all that it prints
+    cache, model.config.use_cache = model.config.use_cache, False
+    done = made.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    model.config.use_cache = cache
+    losses = [{name: entry[name] for name in ("step", "loss")} for entry in made.state.log_history if "loss" in entry]
+    section = plan.train
+    assert section is not None
+    seen = given.max_steps * section.batch_size * section.accumulate * workers
+    facts = {
+        "steps": given.max_steps,
+        "samples": len(rows),
+        "tokens": seen * len(rows[0]["input_ids"]),
+        "optimizer": plan.optimizer,
+        "processes": workers,
+        "first_loss": losses[0]["loss"],
+        "last_loss": losses[-1]["loss"],
+        "seconds": done.metrics["train_runtime"],
+    }
+    return facts, losses
