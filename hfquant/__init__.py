@@ -4,6 +4,8 @@ Importing it registers the method "hfquant" with transformers: `from_pretrained`
 checkpoints that were saved with one.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import builtin as _builtin  # noqa: F401
 from . import hf as _hf  # noqa: F401
 from .api import coverage, explain, quantize
@@ -22,6 +24,9 @@ from .kernel import use_kernel
 from .optimizing import optimize
 from .tuning import finetune
 
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",
+    "KVCache",
     "SpecError",
     "UnsupportedError",
     "WeightError",
@@ -41,3 +47,12 @@ __all__ = [
     "quantize",
     "use_kernel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported where it is first used."""
+    if name == "KVCache":
+        from .kv_cache import KVCache
+
+        return KVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,7 +44,7 @@ def finetune_command(
     if dry_run:
         from ..tuning.forecast import forecast
 
-        _show_forecast(forecast(recipe, model, output or Path("out"), **options), json)
+        _show_forecast(forecast(recipe, model, output, **options), json)
         return
     if output is None:
         raise SpecError("name the folder to write with --output, or look first with --dry-run")
@@ -74,7 +74,7 @@ def _show(report: Any) -> None:
         label = method_label(report.quantization["method"], report.quantization["options"])
         out.print(f"[bold]{escape(label)}[/], {report.quantization['bits_per_weight']:.3f} bits per quantized weight")
     if report.adapter is not None:
-        out.print(f"adapters with {report.adapter['parameters']:,} parameters")
+        out.print(f"adapters with {report.adapter['parameters']:,} parameters, {report.adapter['mb']:.2f} MB")
     if report.training is not None:
         facts = report.training
         out.print(

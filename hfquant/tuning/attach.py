@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 from transformers import set_seed
 
 from ..lora.check import named_targets
 from ..lora.init import LayerInit, initialize
 from ..lora.pooled import tie_groups
 from ..recipe_file import LoraSection
+from ..report import total_bytes
 from .base import Tick
 from .request import Plan
 from .rows import Rows
@@ -29,6 +30,12 @@ def lora_config(section: LoraSection, training: bool) -> LoraConfig:
         task_type="CAUSAL_LM",
         inference_mode=not training,
     )
+
+
+def size_of(adapted: PeftModel) -> dict[str, Any]:
+    """Parameters of adapters, trained or not, and their megabytes (10^6 bytes)."""
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False).values()
+    return {"parameters": sum(tensor.numel() for tensor in tensors), "mb": total_bytes(tensors) / 1e6}
 
 
 def start(adapted: PeftModel, plan: Plan, rows: Rows, tick: Tick) -> list[LayerInit]:

@@ -29,6 +29,8 @@ def replace_base(model: PeftModel, base: Path) -> None:
         for file in base.iterdir():
             if not (folder / file.name).exists() and "safetensors" not in file.name:
                 shutil.copy(file, folder)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base)
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:

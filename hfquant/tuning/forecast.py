@@ -8,7 +8,7 @@ from typing import Any
 from ..data import kind_of
 from ..preview import preview
 from ..source import empty_model
-from .attach import attach
+from .attach import attach, size_of
 from .request import Plan, Request, plan
 from .rows import read_rows
 from .training import steps
@@ -85,5 +85,5 @@ def _training(chosen: Plan) -> tuple[int | None, int | None]:
 
 def _parameters(chosen: Plan) -> int:
     """Parameters of the adapters, counted on a model without values."""
-    adapted = attach(empty_model(chosen.model_config, chosen.dtype), chosen)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    found: int = size_of(attach(empty_model(chosen.model_config, chosen.dtype), chosen))["parameters"]
+    return found

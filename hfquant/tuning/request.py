@@ -28,7 +28,7 @@ class Request:
 
     recipe: str | Path
     model: str | Path
-    out: str | Path
+    out: str | Path | None  # None to look only
     data: Any = None
     eval_data: str | Path | None = None
     max_steps: int | None = None
@@ -85,8 +85,9 @@ class Plan:
 def plan(request: Request) -> Plan:
     """Read the recipe and look at the model and the data. Raises SpecError or CalibrationError."""
     recipe = read_recipe(request.recipe)
-    work, out = recipe.workflow, Path(request.out)
-    check_output(out, request.overwrite, keep=request.model)
+    work, out = recipe.workflow, Path(request.out or "out")
+    if request.out is not None:
+        check_output(out, request.overwrite, keep=request.model)
     changes = {"max_steps": request.max_steps, "seed": request.seed}
     train = _changed(work.train, recipe, request)
     model_config = original_config(request.model)

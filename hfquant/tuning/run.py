@@ -20,7 +20,7 @@ from ..hub import push_folder
 from ..report import peak_rss_mb, versions
 from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
-from .attach import attach, start
+from .attach import attach, size_of, start
 from .base import BASE, Tick, config_of, load_base, quantized
 from .exits import merge, merge_pooled, replace_base, save_adapter
 from .report import CURVE_NAME, TuningReport, draw, write_card
@@ -172,7 +172,7 @@ class Work:
             if "adapter" in self.state.notes:
                 return
             adapted = self._adapters(model, rows, stages, tick)
-            facts = {"parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+            facts = size_of(adapted)
             if self.plan.train is not None:
                 training, losses = train(adapted, rows.train, self.plan, self.state.folder / "trainer", tick)
                 self._note_training(rows, training, losses)

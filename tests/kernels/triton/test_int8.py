@@ -133,7 +133,7 @@ def test_what_it_declines() -> None:
 
 def product(rows: int, grid: str, layout: str, split: float | None, architecture: str) -> Launch:
     """The launch of the product of a layer with 4096 columns."""
-    tensors, spec = layer(grid, layout, (4096, 4096), replace(TOKENS, split=split), 8 if split else 0)
+    tensors, spec = layer(grid, layout, (1024, 4096), replace(TOKENS, split=split), 8 if split else 0)
     with as_if_on(architecture), recording() as launches:
         int8.run(torch.empty(rows, 4096, dtype=torch.bfloat16), tensors, None, spec)
     return next(recorded for recorded in launches if recorded.kernel is int8.int8_kernel)
