@@ -35,4 +35,5 @@ CORE = Backend(
 )
 
 register(CORE, "hfquant")
-ROUNDINGS.add(cpu.ROUNDING.name, cpu.ROUNDING, "hfquant")
+for _rounding in (cpu.ROUNDING, gpu.ROUNDING):
+    ROUNDINGS.add(_rounding.name, _rounding, "hfquant")

@@ -48,7 +48,7 @@ class Kernel:
     does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
     `run_jobs(bounds, xs, biases, ys)` may run several bound weights at once into given results, to the same bits; it
     returns False where it cannot. `join(bounds, biases)` gives what runs them all on one input, None where it cannot.
-    `input_grad(grad, packed, spec)` computes grad [..., N] @ W.
+    `input_grad(grad, packed, spec)` computes grad [..., N] @ W; without it gradients go through `columns`.
     """
 
     name: str
@@ -105,6 +105,12 @@ def columns_of(key: str, device: torch.device, dtype: torch.dtype) -> Columns | 
     """What gives columns of a weight's matrix at this point, None if only the reference does."""
     kernel, forced = choose(_without_input(key), device, dtype), _forced.get()
     return kernel.columns if forced in (None, kernel.name) and not PackedSpec.parse(key).rotated else None
+
+
+def has_input_grad(key: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel of a weight at this point has a gradient of its own, which needs no columns."""
+    kernel, forced = choose(_without_input(key), device, dtype), _forced.get()
+    return kernel.input_grad is not None and forced in (None, kernel.name)
 
 
 def run_input_grad(grad: Tensor, packed: list[Tensor], key: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .hadamard import inverse_hadamard
-from .kernel import Columns, columns_of, run_input_grad, run_linear
+from .kernel import Columns, columns_of, has_input_grad, run_input_grad, run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
 
@@ -31,7 +31,7 @@ def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str
 
 
 def _input_grad(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
-    columns = columns_of(spec, grad.device, grad.dtype)
+    columns = None if has_input_grad(spec, grad.device, grad.dtype) else columns_of(spec, grad.device, grad.dtype)
     return run_input_grad(grad, packed, spec) if columns is None else _grad_in_panels(grad, packed, spec, columns)
 
 

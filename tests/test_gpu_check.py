@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from hfquant import reference
 from hfquant.kernel import KERNELS
 from hfquant.kernels.triton import int8, levels  # noqa: F401  while nothing is interpreted yet
-from hfquant.kernels.triton.blocks import Tile
+from hfquant.kernels.triton.blocks import TILES, Tile
 
 from .kernels.triton.compiled import recording
 from .kernels.triton.interpret import interpreted
+from .kernels.triton.products import registered
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # as for a script there
@@ -302,14 +304,27 @@ def test_candidates_are_what_is_launched(kernel: str, rows: int) -> None:
     found = sweep.candidates(kernel, rows)
     assert len(set(found)) == len(found) > 3
     for tile in found:
-        with sweep.tiles(kernel, tile), recording() as launches:
+        with sweep.tiles(kernel, tile, CPU), recording() as launches:
             run()
         launched = next(each.options for each in launches if "BN" in each.options)
         assert (launched["BM"], launched["BN"], launched["num_warps"]) == (tile.bm, tile.bn, tile.warps)
         assert launched["BK"] == min(tile.bk, launched["BK"]) and launched["num_stages"] == tile.stages
-    with sweep.tiles(kernel, None), recording() as launches:
+    with sweep.tiles(kernel, None, CPU), recording() as launches:
         run()
     assert launches
+
+
+def test_every_candidate_has_layers_that_are_bound_under_it() -> None:
+    """With the kernel in place of that for a CPU."""
+    ours = layers.Ours.of((64, 256), weights.FORMATS["int4 g128"], setting())
+    xs = [weights.random_input(1, 256, CPU)]
+    tried = Tile(16, 16, 32, 32, 2, 2, False), Tile(16, 16, 64, 64, 4, 1, False)
+    here = replace(KERNELS.get("triton"), name="here", device="cpu", priority=99)
+    with torch.no_grad(), registered(here), recording() as launches:
+        for tile in tried:
+            sweep.with_tile("triton", tile, CPU, ours.unbound().ready(xs))(0)
+    assert [launched.options["BN"] for launched in launches] == [tile.bn for tile in tried]
+    assert launches[0].options["codes"].data_ptr() == launches[1].options["codes"].data_ptr()
 
 
 @pytest.mark.parametrize("make", [peers.scaled_tiles, lambda shape, told: peers.scaled_rows(shape, told, True)])
@@ -363,6 +378,7 @@ def test_packages_that_are_not_installed_here_are_called_as_they_say(monkeypatch
 
 def test_every_family_of_kernels_is_swept() -> None:
     assert {*(weights.FORMATS[name].kernel for name in sweep.PRODUCTS), sweep.GRADIENT} == set(sweep.TABLES)
+    assert {what for tables in sweep.TABLES.values() for what in tables} <= set(TILES)
     assert all(isinstance(tile, Tile) for tile in sweep.candidates("triton", 16))
 
 

@@ -8,7 +8,7 @@ those of a large product in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Ours:
         copies = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count)]
         layers = [layer_of(each, spec) for each in copies]
         return cls(layers, size, kernel_of(layers[0]))
+
+    def unbound(self) -> Ours:
+        """The same weights in layers that have not found out yet what they launch."""
+        again = [layer_of(dict(zip(each.spec.names, each.packed(), strict=True)), each.spec) for each in self.layers]
+        return replace(self, layers=again)
 
     def ready(self, xs: list[Tensor]) -> Callable[[int], Tensor]:
         """What is timed."""

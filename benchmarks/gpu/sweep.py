@@ -1,22 +1,21 @@
 """Which sizes of tiles are the fastest? Candidates for every family of kernels and every number of rows.
 
-The best ones belong into the tables of `kernels/core/triton/blocks.py` and `quantized_tiles.py`, which choose by the
-architecture and the rows alone.
+The best ones belong into the tables of `kernels/core/triton/blocks.py`, which choose by the architecture and the rows
+alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from hfquant.backend import load_all
-from hfquant.kernels.triton.blocks import ANY, Tile
+from hfquant.kernels.triton.blocks import ANY, Tile, trying
+from hfquant.kernels.triton.launch import hardware
 
 from .findings import Findings
 from .layers import INPUTS, Ours
@@ -26,12 +25,12 @@ from .weights import FORMATS, INT8, LEVELS, random_input
 
 USUAL = "as it is"
 GRADIENT = "gradient"
-# What tells the kernels of a family which tile to take: module and name.
+# The tables that the kernels of a family take their tile from.
 TABLES = {
-    GRADIENT: ("hfquant.kernels.triton.launch", "grad_tile_for"),
-    "triton": ("hfquant.kernels.triton.launch", "tile_for"),
-    INT8: ("hfquant.kernels.triton.int8", "int8_tile"),
-    LEVELS: ("hfquant.kernels.triton.levels", "levels_tile"),
+    GRADIENT: ("grad", "grad_gathered"),
+    "triton": ("linear", "linear_gathered"),
+    INT8: ("int8",),
+    LEVELS: ("float8", "float8_scaled", "bfloat16", "bfloat16_scaled"),
 }
 PRODUCTS = ("int4 g128", "nf4 g64", "e2m1 g32", "int8 rows", "int3 g128", "w8a8", "fp8 rows", "fp8 tiles", "fpq w4a8")
 # Numbers of rows that a row of a table is for, and those it is measured with.
@@ -54,31 +53,31 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
             sides += [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
         return [Tile(ANY, *side, False) for side in sides]
     bm = max(16, rows)
-    if kernel != "triton":  # these do not split the columns
+    if kernel != "triton":
         sides = [(64, 128, 4, 3), (32, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 3), (32, 256, 4, 3)]
         high = {bm, 64} if kernel == LEVELS else {bm}  # float8 instructions of Hopper take 64 rows
-        return [Tile(rows, each, *side, False) for each in sorted(high) for side in sides]
+        return [Tile(rows, each, *side, True) for each in sorted(high) for side in sides]
     sides = [(64, 128, 4, 3), (64, 128, 4, 4), (32, 128, 4, 4), (32, 128, 2, 4), (128, 128, 4, 3), (128, 128, 8, 4)]
     sides += [(64, 64, 4, 5), (16, 128, 2, 4)]
     return [Tile(rows, bm, *side, True) for side in sides]
 
 
 @contextmanager
-def tiles(kernel: str, tile: Tile | None) -> Iterator[None]:
-    """Let a kernel take one tile for everything, or None for its own choice."""
-    if tile is None:
-        yield
-        return
-    module, name = TABLES[kernel]
-    with mock.patch.object(import_module(module), name, lambda *args: tile):
+def tiles(kernel: str, tile: Tile | None, device: torch.device) -> Iterator[None]:
+    """Let what is bound inside of the block take one tile for everything, or None for its own choice."""
+    with ExitStack() as tried:
+        for what in () if tile is None else TABLES[kernel]:
+            tried.enter_context(trying(what, hardware(device).architecture, (tile._replace(rows=ANY),)))
         yield
 
 
-def with_tile(kernel: str, tile: Tile | None, call: Callable[[int], object]) -> Callable[[int], object]:
+def with_tile(
+    kernel: str, tile: Tile | None, device: torch.device, call: Callable[[int], object]
+) -> Callable[[int], object]:
     """A call under a tile."""
 
     def run(number: int) -> object:
-        with tiles(kernel, tile):
+        with tiles(kernel, tile, device):
             return call(number)
 
     return run
@@ -105,15 +104,15 @@ def measure(
     ours = Ours.of(shape, FORMATS[name], setting)
     width = shape[0] if is_gradient else shape[1]
     inputs = [random_input(m, width, setting.device, seed=seed) for seed in range(INPUTS)]
-    call = gradients(ours, inputs) if is_gradient else ours.ready(inputs)
     count = how_many(ours.size, setting.sizes.distinct, m)
     tried: list[Tile | None] = [None, *candidates(kernel, rows)]
     labels = [USUAL if tile is None else str(tuple(tile)[1:]) for tile in tried]
-    found = race(
-        setting,
-        {label: Contender(with_tile(kernel, tile, call), count) for label, tile in zip(labels, tried, strict=True)},
-        max(3, setting.sizes.rounds // 3),
-    )
+    contenders: dict[str, Contender] = {}
+    for label, tile in zip(labels, tried, strict=True):
+        mine = ours.unbound()
+        call = gradients(mine, inputs) if is_gradient else mine.ready(inputs)
+        contenders[label] = Contender(with_tile(kernel, tile, setting.device, call), count)
+    found = race(setting, contenders, max(3, setting.sizes.rounds // 3))
     line |= {"kernel": ours.kernel, "measured_rows": m, "runs": found}
     able = {label: run["seconds"] for label, run in found.items() if "seconds" in run}
     if able:

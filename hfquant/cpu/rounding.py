@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..compiled import Parameters, Rounding
+from ..compiled import Parameters, Rounding, has_core_rounding
 from ..grids import FloatGrid, Grid, IntGrid, thresholds
 from ..kernel import forced_kernel
 from .native import NAME, Library, library
@@ -34,7 +34,7 @@ def why_not(x: Tensor, grid: Grid, what: str) -> str | None:
         return f"rounds float32, bfloat16 and float16, not {x.dtype}"
     if x.dim() > 1 and x.shape[-1] > 1 and x.stride(-1) != 1:
         return "rounds matrices whose rows have no gaps"
-    if type(grid).encode not in _ENCODES or type(grid).nearest not in _NEARESTS:
+    if not has_core_rounding(grid):
         return f"knows how the grids of the core round, {grid.name} has a way of its own"
     if what == "values" and isinstance(grid, FloatGrid) and grid.size > _SMALL:
         return "searches for the levels of a floating-point grid, which torch finds by arithmetic"
@@ -44,9 +44,7 @@ def why_not(x: Tensor, grid: Grid, what: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-_ENCODES = (Grid.encode, IntGrid.encode, FloatGrid.encode)
 _SMALL = 16  # levels: a search among so few is as fast as arithmetic
-_NEARESTS = (Grid.nearest, IntGrid.nearest, FloatGrid.nearest)
 
 
 def codes(x: Tensor, to: Parameters) -> Tensor:

@@ -4,9 +4,10 @@ Triton and the kernels are imported when the first layer asks for them. AMD's GP
 """
 
 from .inputs import INT8, LEVELS
+from .rounding import ROUNDING
 from .weight_only import KERNEL as WEIGHT_ONLY
 from .weight_only import missing
 
 KERNELS = (WEIGHT_ONLY, INT8, LEVELS)
 
-__all__ = ["INT8", "KERNELS", "LEVELS", "WEIGHT_ONLY", "missing"]
+__all__ = ["INT8", "KERNELS", "LEVELS", "ROUNDING", "WEIGHT_ONLY", "missing"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..cpu.inputs import why_not_integers
 from ..grids import FloatGrid, IntGrid
-from ..kernel import Kernel
+from ..kernel import Bound, Kernel
 from ..spec import PackedSpec, TensorSpec
 from .weight_only import DTYPES, LAYOUTS, why_not_here
 
@@ -39,8 +39,13 @@ def why_not_int8(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, in
 
 def run_int8(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
     """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`, integers multiplied exactly."""
-    y: Tensor = import_module("hfquant.kernels.triton.int8").run(x, packed, bias, spec)
-    return y
+    return bind_int8(packed, spec)(x, packed, bias)
+
+
+def bind_int8(packed: list[Tensor], spec: PackedSpec) -> Bound:
+    """The same for one weight: what does not depend on the input is done once."""
+    bound: Bound = import_module("hfquant.kernels.triton.int8").bind(packed, spec)
+    return bound
 
 
 def why_not_levels(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
@@ -73,9 +78,14 @@ def why_not_levels(spec: PackedSpec, dtype: torch.dtype, capability: tuple[int, 
 
 def run_levels(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
     """y [..., N] = x [..., K] @ W^T + bias in the dtype of `x`, levels multiplied exactly, sums in float32."""
-    y: Tensor = import_module("hfquant.kernels.triton.levels").run(x, packed, bias, spec)
-    return y
+    return bind_levels(packed, spec)(x, packed, bias)
 
 
-INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=9)
-LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=8)
+def bind_levels(packed: list[Tensor], spec: PackedSpec) -> Bound:
+    """The same for one weight: what does not depend on the input is done once."""
+    bound: Bound = import_module("hfquant.kernels.triton.levels").bind(packed, spec)
+    return bound
+
+
+INT8 = Kernel("triton_int8", "*", "cuda", run_int8, why_not_int8, priority=9, bind=bind_int8)
+LEVELS = Kernel("triton_levels", "*", "cuda", run_levels, why_not_levels, priority=8, bind=bind_levels)

@@ -81,4 +81,10 @@ def input_grad(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:
     return launcher().gradient(grad, packed, spec)
 
 
-KERNEL = Kernel("triton", "*", "cuda", run, why_not, priority=10, bind=bind, input_grad=input_grad)
+def columns(packed: list[Tensor], spec: PackedSpec, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    """Columns [N, last - first] of the matrix of a weight, bit for bit as `QTensor.dequantize` gives them."""
+    out: Tensor = import_module("hfquant.kernels.triton.dequantize").columns(packed, spec, dtype, first, last)
+    return out
+
+
+KERNEL = Kernel("triton", "*", "cuda", run, why_not, priority=10, bind=bind, columns=columns, input_grad=input_grad)

@@ -50,7 +50,8 @@ def random_weight(shape: tuple[int, int], spec: TensorSpec, seed: int) -> QTenso
     if isinstance(spec.scale, TensorSpec):
         row = (1, counts[0] * counts[1])
         inner = torch.randint(spec.scale.numbers().size, row, generator=generator, dtype=torch.uint8)
-        outer = torch.rand(spec.scale.blocks.counts(row), generator=generator) + 0.5
+        # As above, so that weights are numbers of float16.
+        outer = (torch.rand(spec.scale.blocks.counts(row), generator=generator) + 0.5) / spec.numbers().top
         scale = QTensor(inner, outer, None, None, spec.scale)
     else:
         scale = scale.to(spec.scale_dtype)

@@ -8,69 +8,24 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hfquant import compiled, cpu
 from hfquant.blocks import Blocks
-from hfquant.codebooks import FittedGrid
 from hfquant.compiled import ROUNDINGS, Parameters
 from hfquant.cpu import rounding
-from hfquant.grids import GRIDS, Codebook, Grid, IntGrid, by_pattern, grid
+from hfquant.grids import Grid, IntGrid, by_pattern, grid
 from hfquant.kernel import use_kernel
 from hfquant.ranges import RANGES, Params
 from hfquant.rounders import to_nearest
-from hfquant.scales import encode, round_to
+from hfquant.scales import round_to
 from hfquant.spec import TensorSpec
 from hfquant.stats import Stats
 
-from .problems import DTYPES, ISAS, LIBRARY
-from .problems import GRIDS as PATTERNS
+from .problems import ISAS, LIBRARY
+from .roundings import defined, roundings, same_bits
 
-UNSIGNED = ("ue2m2", "ue1m2", "ue4m4", "ue3m0", "e3m0b2", "e5m2", "e6m1", "e7m0", "e1m6")
-FITTED = (-3.0, -1.0, -0.25, 0.0, 1e-30, 0.5, 2.0)  # any count of levels
-NAMES = (*PATTERNS, *UNSIGNED, *(name for name in GRIDS.names() if not isinstance(grid(name), FittedGrid)))
 CPU = cpu.ROUNDING
-
-
-def numbers(grid: Grid, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Levels, the middles between them, their neighbours, any bit pattern, and what is no number."""
-    levels = grid.levels()
-    middle = ((levels[:-1].double() + levels[1:].double()) / 2).float()
-    points = torch.cat([levels, middle, torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3e38, 1e-45])])
-    count = shape[0] * shape[1]
-    x = points[torch.randint(len(points), (count,), generator=generator)]
-    kind = torch.randint(5, (count,), generator=generator)
-    x = torch.where(kind == 1, torch.nextafter(x, torch.tensor(torch.inf)), x)
-    x = torch.where(kind == 2, torch.nextafter(x, torch.tensor(-torch.inf)), x)
-    x = torch.where(kind == 3, torch.randn(count, generator=generator) * grid.top, x)
-    bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32).view(torch.float32)
-    return torch.where(kind == 4, bits, x).reshape(shape)
-
-
-@st.composite
-def roundings(draw: st.DrawFn) -> tuple[Tensor, Parameters]:
-    """A matrix, not always without gaps between rows, and what it is rounded to."""
-    book = draw(st.booleans()) and draw(st.booleans())
-    to = Codebook("book", FITTED[draw(st.integers(0, 3)) :]) if book else grid(draw(st.sampled_from(NAMES)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    shape = draw(st.integers(1, 9)), draw(st.one_of(st.integers(1, 70), st.integers(500, 1100)))
-    blocks = Blocks(draw(st.sampled_from([1, 2, 3, -1])), draw(st.sampled_from([1, 3, 12, 16, 32, 100, -1])))
-    counts = blocks.counts(shape)
-    scale = torch.ones(counts) if draw(st.booleans()) else torch.randn(counts, generator=generator).exp()
-    if draw(st.booleans()):
-        scale.view(-1)[0] = draw(st.sampled_from([torch.nan, torch.inf, 1e-38, 1e38]))
-    asymmetric = isinstance(to, IntGrid) and not to.is_signed and draw(st.booleans())
-    zero = torch.randint(to.size, counts, generator=generator).float() if asymmetric else None
-    x = numbers(to, (shape[0], shape[1] + draw(st.sampled_from([0, 3]))), generator)[:, : shape[1]]
-    return x.to(draw(st.sampled_from(DTYPES))), Parameters(to, scale, zero, blocks.sides(shape))
-
-
-def same_bits(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two tensors are equal, signs of 0 and places of NaN included."""
-    bad = wanted.isnan()
-    same = torch.equal(found.isnan(), bad) and torch.equal(found.signbit()[~bad], wanted.signbit()[~bad])
-    return same and torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -78,11 +33,7 @@ def same_bits(found: Tensor, wanted: Tensor) -> bool:
 @given(problem=roundings())
 def test_codes_and_values_are_those_of_torch(name: str, problem: tuple[Tensor, Parameters]) -> None:
     x, to = problem
-    blocks, shape = Blocks(*to.sides), (x.shape[0], x.shape[1])
-    scale, zero = (None if given is None else blocks.expand(given, shape) for given in (to.scale, to.zero))
-    assert scale is not None
-    with use_kernel("reference"):  # all in torch
-        codes, values = encode(x.float(), scale, zero, to.grid), round_to(x.float(), scale, zero, to.grid)
+    codes, values = defined(x, to)
     with LIBRARY.using(name):
         assert torch.equal(CPU.codes(x, to), codes)
         assert same_bits(CPU.values(x, to), values)
@@ -145,6 +96,14 @@ def whole(x: Tensor, to: Grid) -> Params:
     spec = TensorSpec(to.name, Blocks(-1, -1))
     scale = torch.ones(1, 1, device=x.device)
     return Params(spec, to, scale, scale, None)
+
+
+@pytest.mark.parametrize(("zero", "count"), [(7.0, 3), (7.5, 0)])
+def test_zero_points_that_are_not_whole_are_left_to_torch(zero: float, count: int, taken: list[str]) -> None:
+    x, numbers = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), grid("uint4")
+    to = Parameters(numbers, torch.full((3, 1), 0.25), torch.full((3, 1), zero), (1, 8))
+    found = [compiled.codes(x, to), compiled.values_in_blocks(x, to), compiled.values(x, to.scale, to.zero, numbers)]
+    assert len(taken) == sum(each is not None for each in found) == count
 
 
 def test_results_do_not_depend_on_threads() -> None:

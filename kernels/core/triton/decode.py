@@ -59,6 +59,59 @@ def four_bits_of(words, MAGIC: tl.constexpr):
 
 
 @triton.jit
+def permuted(a, b, selector):
+    """Four bytes of the eight of `a` and `b` int32, named by the hex digits of `selector`, 0 to 7, low ones first.
+
+    An instruction of NVIDIA's GPUs, and a table of eight entries in registers.
+    """
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def bytes_of_codes(codes, table, BYTE: tl.constexpr):
+    """Byte 0 or 1 of the levels of the four codes in the low half of each of `codes`: [R, W] int32."""
+    low = codes & 0x7777
+    first = permuted(tl.load(table + 4 * BYTE), tl.load(table + 4 * BYTE + 1), low)
+    second = permuted(tl.load(table + 4 * BYTE + 2), tl.load(table + 4 * BYTE + 3), low)
+    return permuted(first, second, ((codes >> 1) & 0x4444) | 0x3210)  # the code's last bit says which
+
+
+@triton.jit
+def levels_of_words(words, table, dtype: tl.constexpr):
+    """Levels [R, 8 W] in a 16-bit dtype of the eight 4-bit codes of each of `words` [R, W] int32.
+
+    `table` [8] int32 holds the first bytes of all 16 levels and then the second ones. Everything stays in registers:
+    three permutations find the bytes of four levels, one puts those of two together.
+    """
+    low, high = bytes_of_codes(words, table, 0), bytes_of_codes(words, table, 1)
+    words = words >> 16
+    low2, high2 = bytes_of_codes(words, table, 0), bytes_of_codes(words, table, 1)
+    a, b = permuted(low, high, 0x5140), permuted(low, high, 0x7362)
+    c, d = permuted(low2, high2, 0x5140), permuted(low2, high2, 0x7362)
+    even = tl.join(tl.join(a.to(tl.uint16), c.to(tl.uint16)), tl.join(b.to(tl.uint16), d.to(tl.uint16)))
+    odd = tl.join(
+        tl.join((a >> 16).to(tl.uint16), (c >> 16).to(tl.uint16)),
+        tl.join((b >> 16).to(tl.uint16), (d >> 16).to(tl.uint16)),
+    )
+    # From here [R, W, 2, 2, 2] is the order of the codes.
+    return tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1] * 8)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def numbers_of_words(words, table, zero, KIND: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr,
+                     MANTISSA: tl.constexpr, FACTOR: tl.constexpr):  # fmt: skip
+    """Numbers [R, 8 W] in dtype of the eight 4-bit codes of each of `words` [R, W] int32; see `numbers`."""
+    if KIND == "permute":
+        return levels_of_words(words, table, dtype)
+    elif KIND == "integer" and dtype != tl.float32:
+        return from_magic(four_bits_of(words, 0x6400 if dtype == tl.float16 else 0x4300), zero, dtype)
+    else:
+        return numbers(four_bits_of(words, 0), table, zero, KIND, dtype, BITS, MANTISSA, FACTOR)
+
+
+@triton.jit
 def integers(code, zero, dtype: tl.constexpr, BITS: tl.constexpr):
     """`code` - `zero`, exactly, in dtype; both are integers of at most BITS bits."""
     if dtype == tl.float16:

@@ -13,7 +13,7 @@ from hfquant.spec import PackedSpec
 
 from . import launch
 from .blocks import tile_for
-from .decode import bits_at, four_bits_of, from_magic, numbers, scales, zeros_at
+from .decode import bits_at, numbers, numbers_of_words, scales, zeros_at
 
 WHOLE = ("codes", "zero", "scale", "scale_codes", "scale_scale")  # packed tensors that are read as [E, ...]
 
@@ -65,10 +65,7 @@ def grouped_kernel(
             if WORDS:
                 word = step * (BK // 8) + tl.arange(0, BK // 8)
                 packed = tl.load(codes + code_row + word[None, :], mask=word[None, :] < K // 8, other=0)
-                if KIND == "integer" and dtype != tl.float32:
-                    weight = from_magic(four_bits_of(packed, 0x6400 if dtype == tl.float16 else 0x4300), offset, dtype)
-                else:
-                    weight = numbers(four_bits_of(packed, 0), table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
+                weight = numbers_of_words(packed, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
             else:
                 code = bits_at(codes, code_row, tl.where(k < K, k, 0)[None, :], BITS)
                 weight = numbers(code, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
@@ -142,7 +139,7 @@ def project(
     n = spec.shape[0]
     count = routed.sorted.numel()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    weight = launch.weight_of(tensors, None, spec, x)
+    weight = launch.weight_of(tensors, spec, x.dtype)
     tile = tile_for(launch.hardware(x.device).architecture, routed.rows, x.dtype == torch.float32, weight.is_gathered)
     columns = launch.columns_of(tile.bk, weight.shape)[0]
     out = torch.empty(count, n, dtype=x.dtype, device=x.device)

@@ -6,6 +6,8 @@ A row whose values have no range, because one of them is NaN or infinite, gets t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hfquant.grids import FloatGrid, Grid, IntGrid
+
+from .rounding import to_float
 
 ALIGNMENT = 16  # bytes of the widest load: rows of codes start at multiples of it
 
@@ -46,20 +50,7 @@ def _rounded(value, LOW: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, M: tl
     if E == 0:
         level = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no room for fractions
     else:
-        bits = value.to(tl.int32, bitcast=True)
-        smallest: tl.constexpr = (129 - (1 << (E - 1))) << 23  # the smallest normal number, 2^(1 - bias)
-        if M == 0:
-            # In the middle of two powers of two, the one with the even code.
-            magnitude = bits & 0x7FFFFFFF
-            odd = ((magnitude >> 23) + (1 << (E - 1))) & 1
-            power = tl.maximum((magnitude + odd + 0x3FFFFF) & 0x7F800000, smallest)
-            power = tl.where(magnitude <= smallest - (1 << 23), 0, power)
-            level = (power | (bits & -0x80000000)).to(tl.float32, bitcast=True)
-        else:
-            # A number of 1.5 * 2^23 steps leaves no room for less than one; subnormals have the smallest step.
-            binade = tl.maximum(bits & 0x7F800000, smallest)
-            shifter = (binade + (((23 - M) << 23) + 0x400000)).to(tl.float32, bitcast=True)
-            level = (value + shifter) - shifter
+        level = to_float(value, 129 - (1 << (E - 1)), M)
     return level
 
 
@@ -222,6 +213,16 @@ def outlying(x: Tensor, split: float | None, stored: Tensor | None) -> Outlying 
     return Outlying(keep, index, count)
 
 
+@lru_cache(maxsize=256)
+def described(grid: Grid) -> dict[str, Any]:
+    """The arguments of the kernel that say what is quantized to."""
+    if isinstance(grid, FloatGrid):
+        shift = 2.0 ** (grid.exponent_bias - (2 ** (grid.e - 1) - 1))
+        return {"LOW": float(grid.levels()[0]) * shift, "TOP": grid.top, "E": grid.e, "M": grid.m, "SHIFT": shift}
+    assert isinstance(grid, IntGrid)
+    return {"LOW": float(grid.levels()[0]), "TOP": grid.top, "E": 0, "M": 0, "SHIFT": 1.0}
+
+
 def quantize(
     x: Tensor,
     grid: Grid,
@@ -240,11 +241,6 @@ def quantize(
     and `sums`: see `Outlying` and `Quantized`. The powers of two of an unusual exponent bias go into the scale.
     """
     rows, columns = x.shape
-    e, m, shift = 0, 0, 1.0
-    if isinstance(grid, FloatGrid):
-        e, m, shift = grid.e, grid.m, 2.0 ** (grid.exponent_bias - (2 ** (grid.e - 1) - 1))
-    else:
-        assert isinstance(grid, IntGrid)
     width = columns if width == -1 else min(width, columns)
     groups = triton.cdiv(columns, width)
     padded = triton.cdiv(columns, 2 * ALIGNMENT) * 2 * ALIGNMENT
@@ -264,8 +260,8 @@ def quantize(
         )
     quantize_kernel[(triton.cdiv(rows, high) * groups,)](
         x, keep, given, codes, scale, total, rows, columns, width, groups, x.stride(0), padded, padded // 2,
-        MODE=mode, STORE=store, LOW=float(grid.levels()[0]) * shift, TOP=grid.top, E=e, M=m, SHIFT=shift,
-        KEEP=keep is not None, PLANES=planes, SUMS=sums, ONCE=block >= width, ROWS=high, COLUMNS=block,
+        MODE=mode, STORE=store, **described(grid), KEEP=keep is not None, PLANES=planes, SUMS=sums,
+        ONCE=block >= width, ROWS=high, COLUMNS=block,
         num_warps=min(8, max(1, high * block // 512)),  # 16 bytes of 16-bit numbers a thread, on AMD, too
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from hfquant.packing import packed_width
 from hfquant.spec import TensorSpec
 
 from . import launch
-from .decode import bits_at, four_bits_of, from_magic, numbers
+from .decode import bits_at, numbers, numbers_of_words
+from .decoding import decoding, table_of
 
 LOG2E = 1.4426950408889634
 TILE = 64  # tokens at most
@@ -68,11 +69,7 @@ def _packed_tile(
             offset = _spread(offset, GROUP)
     if words is not None:
         eight = tl.load(words + token[:, None] * (row_bytes // 4) + tl.arange(0, WIDTH // 8)[None, :])
-        if KIND == "integer" and dtype != tl.float32:
-            placed = four_bits_of(eight, 0x6400 if dtype == tl.float16 else 0x4300)
-            number = from_magic(placed, offset, dtype)
-        else:
-            number = numbers(four_bits_of(eight, 0), table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
+        number = numbers_of_words(eight, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
     else:
         code = bits_at(codes, token[:, None] * row_bytes, channel, BITS)
         number = numbers(code, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
@@ -206,11 +203,11 @@ def read(side: Side, letter: str, dtype: torch.dtype) -> Read:
     rows, group = spec.blocks.sides((1 << 30, width))
     groups = triton.cdiv(width, group)
     padded = max(16, triton.next_power_of_2(width))
-    how = launch.decoding(spec.grid, dtype)
+    how = decoding(spec.grid, dtype)
     codes = tensors["codes"].contiguous()
     even = padded == width
     words = codes.view(torch.int32) if bits == 4 and even and codes.data_ptr() % 4 == 0 else None
-    table = launch.table_of(spec.grid, dtype, codes.device) if how.kind == "table" else None
+    table = table_of(spec.grid, dtype, codes.device) if how.kind == "table" else None
     tensors_ = {"codes": codes, "words": words, "table": table, "scale": tensors["scale"].contiguous()}
     tensors_ |= {"zero": tensors["zero"].contiguous() if "zero" in tensors else None, "tail": tail}
     sizes = {"width": width, "bytes": packed_width(width, bits), "groups": groups}

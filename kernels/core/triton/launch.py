@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,16 +13,16 @@ import triton
 from torch import Tensor
 
 from hfquant.errors import FormatError
-from hfquant.grids import FloatGrid, Grid, IntGrid
-from hfquant.grids import grid as named
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec, TensorSpec
 
 from .blocks import Tile, grad_tile_for, tile_for
+from .decoding import bytes_apart, bytes_of, decoding, padded, permutes, table_of
+from .decoding import fits as fits
+from .plans import Plan, Plans
 from .weight_only import add_splits, input_grad, linear
 
 Bound = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
-CODES = 256  # entries of a lookup table: what a byte can hold, so that damaged codes stay inside
 REDUCED = 1024  # sums that one program adds up
 
 
@@ -42,67 +42,6 @@ def hardware(device: torch.device) -> Hardware:
     found = torch.cuda.get_device_properties(device)
     rocm = getattr(found, "gcnArchName", "").partition(":")[0] if torch.version.hip else ""
     return Hardware(rocm or f"sm_{found.major}{found.minor}", found.multi_processor_count)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the codes of a grid become numbers of a dtype: constants of the kernels in `decode`."""
-
-    kind: str
-    zero: int = 0
-    mantissa: int = 0
-    factor: float = 1.0
-    level: float = 1.0
-
-
-@lru_cache(maxsize=1024)
-def decoding(name: str, dtype: torch.dtype) -> Decoding:
-    """The fastest way for a grid. Levels are divided by `level`, a power of two, where float16 needs that."""
-    grid = named(name)
-    if isinstance(grid, IntGrid):
-        return Decoding("integer", zero=grid.zero_code)
-    if hasattr(grid, "fit"):
-        return Decoding("table")
-    level = 2.0 ** shift(grid, dtype)
-    if isinstance(grid, FloatGrid):
-        factor = 127 - grid.exponent_bias - shift(grid, dtype)
-        if -126 <= factor <= 127:
-            return Decoding("float", grid.zero_code, grid.m, 2.0**factor, level)
-    return Decoding("table", level=level)
-
-
-def shift(grid: Grid, dtype: torch.dtype) -> int:
-    """0, or where float16 does not hold the levels the power of two that brings the largest just below its end."""
-    if dtype != torch.float16 or keeps(grid.levels()):
-        return 0
-    return int(torch.frexp(grid.levels().abs().max()).exponent) - 15
-
-
-def keeps(levels: Tensor) -> bool:
-    """Whether float16 holds numbers as precisely as it can."""
-    limits = torch.finfo(torch.float16)
-    normal = (levels.abs() >= limits.smallest_normal) & (levels.abs() <= limits.max)
-    return bool((normal | (levels.half().float() == levels)).all())
-
-
-def fits(grid: Grid, dtype: torch.dtype) -> bool:
-    """Whether there is a power of two that makes the levels of a grid fit into a dtype."""
-    if dtype != torch.float16 or isinstance(grid, IntGrid) or hasattr(grid, "fit"):
-        return True
-    return keeps(grid.levels() / 2.0 ** shift(grid, dtype))
-
-
-@lru_cache(maxsize=1024)
-def table_of(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Level of every byte [256]; codes that the grid does not have stand for 0."""
-    return padded(named(name).levels() / decoding(name, dtype).level, dtype).to(device)
-
-
-def padded(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """A table with as many entries as a byte has values."""
-    table = torch.zeros(CODES, dtype=dtype, device=levels.device)
-    table[: levels.numel()] = levels.to(dtype)
-    return table
 
 
 @dataclass(frozen=True)
@@ -140,12 +79,12 @@ def shape_of(spec: PackedSpec) -> Shape:
 def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
     """(x, packed, bias) -> y for one weight. Raises FormatError if there are fewer codes or scales than it needs."""
     check(dict(zip(spec.names, packed, strict=True)), spec)
-    fitted: dict[torch.dtype, Tensor] = {}
+    known = Known(spec)
+    if not (spec.outliers or "order" in spec.names):
+        return lambda x, packed, bias: product(x, dict(zip(spec.names, packed, strict=True)), bias, spec, known)
 
     def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
         tensors = dict(zip(spec.names, packed, strict=True))
-        if "levels" in tensors and x.dtype not in fitted:
-            fitted[x.dtype] = padded(tensors["levels"], x.dtype)
         apart = None
         if spec.outliers:  # the codes of these columns stand for something else: they take part in floating point only
             index = tensors["outlier_index"].long()
@@ -153,7 +92,7 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> Bound:
             x = x.index_fill(-1, index, 0)
         if "order" in tensors:
             x = x.index_select(-1, tensors["order"])
-        y = product(x, tensors, fitted.get(x.dtype), bias, spec)
+        y = product(x, tensors, bias, spec, known)
         return y if apart is None else y + apart
 
     return run
@@ -163,8 +102,7 @@ def gradient(grad: Tensor, packed: list[Tensor], spec: PackedSpec) -> Tensor:
     """Gradient [..., K] of the input, `grad` [..., N] @ W, of a weight that is not rotated. Raises like `bind`."""
     tensors = dict(zip(spec.names, packed, strict=True))
     check(tensors, spec)
-    table = padded(tensors["levels"], grad.dtype) if "levels" in tensors else None
-    out = product_with_weight(grad, tensors, table, spec)
+    out = product_with_weight(grad, tensors, spec)
     if "order" in tensors:
         out = torch.empty_like(out).index_copy_(-1, tensors["order"].long(), out)
     if spec.outliers:
@@ -200,40 +138,72 @@ class Weight:
 
     arguments: dict[str, Any]
     shape: Shape
-    words: bool
-
-    @property
-    def is_gathered(self) -> bool:
-        """Whether codes are read one by one, or scales differ inside of any tile."""
-        return not (self.words or self.shape.bits == 8) or columns_of(16, self.shape)[1]
+    is_gathered: bool  # codes are read one by one, or scales differ inside of any tile
 
 
-def weight_of(tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec, like: Tensor) -> Weight:
-    """The arguments for operands of the dtype and on the device of `like`."""
-    shape, weight = shape_of(spec), spec.scheme.weight
-    how = decoding(weight.grid, like.dtype)
-    if table is None and how.kind == "table":
-        table = table_of(weight.grid, like.dtype, like.device)
-    codes, row_stride = tensors["codes"].contiguous(), shape.row_bytes
-    words = shape.bits == 4 and spec.shape[1] % 8 == 0 and codes.data_ptr() % 4 == 0
+def weight_of(tensors: dict[str, Tensor], spec: PackedSpec, dtype: torch.dtype) -> Weight:
+    """The arguments for operands of a dtype, on the device of the weight."""
+    stored, device = stored_of(tensors), tensors["codes"].device
+    words = can_read_words(stored["codes"], shape_of(spec), spec.shape[1])
+    fixed = described(spec, dtype, device, hardware(device).architecture, words)
     if words:
-        codes, row_stride = codes.view(torch.int32), row_stride // 4
-    zero = tensors["zero"].contiguous() if "zero" in tensors else None
-    arguments = {"codes": codes, "table": table, "zero": zero, "scale_levels": None, "scale_factors": None}
+        stored["codes"] = words_of(stored["codes"])
+    if "levels" in tensors:
+        stored["table"] = fitted_table(tensors["levels"], dtype, fixed.arguments["KIND"])
+    return Weight({**fixed.arguments, **stored}, fixed.shape, fixed.is_gathered)
+
+
+def stored_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The packed tensors that the kernels read, without gaps and by the names that these have for them."""
+    return {name: tensors[given].contiguous() for given, name in STORED.items() if given in tensors}
+
+
+STORED = {"codes": "codes", "zero": "zero", "scale": "scale", "scale_codes": "scale", "scale_scale": "scale_factors"}
+
+
+def can_read_words(codes: Tensor, shape: Shape, k: int) -> bool:
+    """Whether `codes`, which have no gaps, can be read as words of eight."""
+    return shape.bits == 4 and k % 8 == 0 and codes.data_ptr() % 4 == 0
+
+
+def words_of(codes: Tensor) -> Tensor:
+    """The bytes of `codes`, which have no gaps, four at once: int32 in one dimension.
+
+    A single row may have any stride and still no gaps, but not be viewed as another type.
+    """
+    return codes.view(-1).view(torch.int32)
+
+
+def fitted_table(levels: Tensor, dtype: torch.dtype, kind: str) -> Tensor:
+    """The table of a grid that was fitted to the weight, for a way to read it."""
+    table = padded(levels, dtype)
+    return bytes_apart(table) if kind == "permute" else table
+
+
+@lru_cache(maxsize=4096)
+def described(spec: PackedSpec, dtype: torch.dtype, device: torch.device, architecture: str, words: bool) -> Weight:
+    """What does not depend on the packed tensors: they are missing in `arguments`, and those that there are not None.
+
+    `words`: eight 4-bit codes are read at once.
+    """
+    shape, weight = shape_of(spec), spec.scheme.weight
+    how, table, levels = decoding(weight.grid, dtype), None, None
+    if not shape.zero_bits:
+        how = replace(how, kind="shifted")  # by real zero points
+    elif words and how.kind != "integer" and dtype.itemsize == 2 and permutes(architecture):
+        how = replace(how, kind="permute")
+    if how.kind in ("permute", "table") and "levels" not in spec.names:
+        table = (bytes_of if how.kind == "permute" else table_of)(weight.grid, dtype, device)
     if isinstance(weight.scale, TensorSpec):
-        arguments["scale"] = tensors["scale_codes"].contiguous()
-        arguments["scale_levels"] = table_of(weight.scale.grid, torch.float32, like.device)
-        arguments["scale_factors"] = tensors["scale_scale"].contiguous()
-    else:
-        arguments["scale"] = tensors["scale"].contiguous()
-    kind = how.kind if shape.zero_bits else "shifted"  # by real zero points
-    arguments |= dict(  # noqa: C408
-        N=spec.shape[0], K=spec.shape[1], row_stride=row_stride, zero_stride=shape.zero_stride,
+        levels = table_of(weight.scale.grid, torch.float32, device)
+    arguments = dict(  # noqa: C408
+        table=table, zero=None, scale_levels=levels, scale_factors=None, N=spec.shape[0], K=spec.shape[1],
+        row_stride=shape.row_bytes // 4 if words else shape.row_bytes, zero_stride=shape.zero_stride,
         scale_stride=shape.counts[1], height=shape.height, scale_group=shape.scale_group,
-        BITS=shape.bits, WORDS=words, KIND=kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
+        BITS=shape.bits, WORDS=words, KIND=how.kind, ZERO=how.zero, MANTISSA=how.mantissa, FACTOR=how.factor,
         LEVEL=how.level, GROUP=shape.group, ZERO_BITS=shape.zero_bits, enable_fp_fusion=True,
     )  # fmt: skip
-    return Weight(arguments, shape, words)
+    return Weight(arguments, shape, not (words or shape.bits == 8) or columns_of(16, shape)[1])
 
 
 def rows_of(x: Tensor, spec: PackedSpec, axis: int) -> Tensor:
@@ -244,40 +214,64 @@ def rows_of(x: Tensor, spec: PackedSpec, axis: int) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def product(
-    x: Tensor, tensors: dict[str, Tensor], table: Tensor | None, bias: Tensor | None, spec: PackedSpec
-) -> Tensor:
-    """y [..., N] of `x` [..., K] in the stored order of columns; `table` holds the levels of a fitted grid."""
-    (n, k), rows, found = spec.shape, rows_of(x, spec, 1), hardware(x.device)
+class Known:
+    """What is found out once about a bound weight: plans, and tables of a fitted grid."""
+
+    def __init__(self, spec: PackedSpec) -> None:
+        self.shape = shape_of(spec)
+        self.plans = Plans(lambda *key: plan_of(spec, *key))
+        self._tables: dict[tuple[torch.dtype, str], Tensor] = {}
+
+    def table(self, levels: Tensor, dtype: torch.dtype, kind: str) -> Tensor:
+        """`fitted_table`, once for each dtype."""
+        if (dtype, kind) not in self._tables:
+            self._tables[dtype, kind] = fitted_table(levels, dtype, kind)
+        return self._tables[dtype, kind]
+
+
+def plan_of(spec: PackedSpec, m: int, dtype: torch.dtype, device: torch.device, words: bool) -> Plan:
+    """The launch for `m` rows; without the table of a fitted grid."""
+    (n, k), found = spec.shape, hardware(device)
+    weight = described(spec, dtype, device, found.architecture, words)
+    tile = tile_for(found.architecture, m, dtype == torch.float32, weight.is_gathered)
+    columns, inside = columns_of(tile.bk, weight.shape)
+    splits, each = split(tile, columns, m, n, k, found.processors)
+    arguments = {
+        **weight.arguments, "M": m, "split_steps": each, "ONE_GROUP": weight.shape.counts[1] == 1, "INSIDE": inside,
+        "EVEN": k % columns == 0, "SPLIT": splits, "BM": tile.bm, "BN": tile.bn, "BK": columns,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    finish = {"size": m * n, "N": n, "SPLIT": splits, "BLOCK": REDUCED, "enable_fp_fusion": True}
+    return Plan((triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm), splits), splits, words, arguments, finish)
+
+
+def product(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, spec: PackedSpec, bound: Known) -> Tensor:
+    """y [..., N] of `x` [..., K] in the stored order of columns."""
+    n, rows = spec.shape[0], rows_of(x, spec, 1)
     m = rows.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m:
-        weight = weight_of(tensors, table, spec, x)
-        tile = tile_for(found.architecture, m, x.dtype == torch.float32, weight.is_gathered)
-        columns, inside = columns_of(tile.bk, weight.shape)
-        splits, each = split(tile, columns, m, n, k, found.processors)
-        partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
+        given = stored_of(tensors)
+        plan = bound.plans.get(m, x.dtype, x.device, can_read_words(given["codes"], bound.shape, spec.shape[1]))
+        if plan.words:
+            given["codes"] = words_of(given["codes"])
+        if "levels" in tensors:
+            given["table"] = bound.table(tensors["levels"], x.dtype, plan.arguments["KIND"])
+        partial = torch.empty(plan.splits, m, n, dtype=torch.float32, device=x.device) if plan.splits > 1 else out
         with on(x.device):
-            linear[(triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm), splits)](
-                rows, bias=bias, out=partial, M=m, x_stride=rows.stride(0), split_steps=each, **weight.arguments,
-                ONE_GROUP=weight.shape.counts[1] == 1, INSIDE=inside, EVEN=k % columns == 0, SPLIT=splits,
-                BM=tile.bm, BN=tile.bn, BK=columns, num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-            if splits > 1:
-                size = m * n
-                add_splits[(triton.cdiv(size, REDUCED),)](
-                    partial, bias, out, size, n, SPLIT=splits, BLOCK=REDUCED, enable_fp_fusion=True
-                )
+            linear[plan.grid](rows, bias=bias, out=partial, x_stride=rows.stride(0), **{**plan.arguments, **given})
+            if plan.splits > 1:
+                add_splits[(triton.cdiv(m * n, REDUCED),)](partial, bias, out, **plan.finish)
     return out.reshape(*x.shape[:-1], n)
 
 
-def product_with_weight(grad: Tensor, tensors: dict[str, Tensor], table: Tensor | None, spec: PackedSpec) -> Tensor:
+def product_with_weight(grad: Tensor, tensors: dict[str, Tensor], spec: PackedSpec) -> Tensor:
     """`grad` [..., N] @ W, [..., K] in the stored order of columns, without outlier columns."""
     k, rows, found = spec.shape[1], rows_of(grad, spec, 0), hardware(grad.device)
     m = rows.shape[0]
     out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
     if m:
-        weight = weight_of(tensors, table, spec, grad)
+        weight = weight_of(tensors, spec, grad.dtype)
         tile = grad_tile_for(found.architecture, m, grad.dtype == torch.float32, weight.is_gathered)
         columns, inside = columns_of(tile.bk, weight.shape)
         with on(grad.device):

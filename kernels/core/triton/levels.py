@@ -14,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.grids import FloatGrid, IntGrid
+from hfquant.grids import FloatGrid, Grid, IntGrid
 from hfquant.packing import packed_width
 from hfquant.spec import PackedSpec
 
 from . import launch
+from .blocks import levels_tile
 from .decode import bits_at
 from .inputs import quantize
 from .int8 import bytes_of, named, rows_of
-from .quantized_tiles import levels_tile
+from .plans import Plan, Plans
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
 HALVED = {"e4m3fn": tl.float8e4b8, "e5m2ieee": tl.float8e5b16}  # the same bits stand for half the number
@@ -64,14 +65,27 @@ def float8_of(words, M: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def scaled(sums, a_factor, b_factor, row, bias, A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, OUTSIDE: tl.constexpr):
+    """Results float32 of all `sums`: the scales that hold for whole rows, and the bias. See `levels_kernel`."""
+    if not A_GROUP:
+        sums *= tl.load(a_factor)[:, None]
+    if not B_GROUP:
+        sums *= tl.load(b_factor).to(tl.float32)[None, :]
+    sums *= OUTSIDE
+    if bias is not None:
+        sums += tl.load(bias + row).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
 def levels_kernel(
-    a, a_scale, codes, words, scale, bias, y,
-    M, N, K, a_stride, half, row_bytes, a_groups, b_groups, height,
+    a, codes, words, partial, a_scale, scale, bias, y,
+    M, N, K, a_stride, half, row_bytes, a_groups, b_groups, height, part_steps,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     MANTISSA: tl.constexpr, FACTOR: tl.constexpr, OUTSIDE: tl.constexpr, A_GROUP: tl.constexpr, B_GROUP: tl.constexpr,
-    HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HALVES: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM, BN] of `y` [M, N].
+    """One tile [BM, BN] of `y` [M, N], or with PARTS > 1 of `partial` [PARTS, M, N], sums of `part_steps` tiles each.
 
     `a` [M, a_stride] holds the input, float8 bits of A_TYPE or bfloat16 levels, `a_scale` [M, a_groups] its scales.
     `codes` [N, row_bytes] holds codes of BITS bits that KIND, ZERO, MANTISSA and FACTOR turn into levels, or float8
@@ -80,7 +94,7 @@ def levels_kernel(
     that share a scale, 0 for all; BK divides them. OUTSIDE: a factor of the result.
     """
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    tile = tl.program_id(0)
+    tile, split = tl.program_id(0), tl.program_id(1)
     tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
@@ -92,7 +106,7 @@ def levels_kernel(
     b_factor = scale + (row // height).to(tl.int64) * b_groups
     SIDE: tl.constexpr = BK // 2 if HALVES else BK  # columns of a product
     sums = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, tl.cdiv(K, BK)):
+    for step in range(split * part_steps, tl.minimum(tl.cdiv(K, BK), (split + 1) * part_steps)):
         at = step * SIDE + tl.arange(0, SIDE)
         if HALVES:
             if words is not None:
@@ -125,15 +139,34 @@ def levels_kernel(
         if B_GROUP:
             part *= tl.load(b_factor + step * BK // B_GROUP).to(tl.float32)[None, :]
         sums += part
-    if not A_GROUP:
-        sums *= tl.load(a_factor)[:, None]
-    if not B_GROUP:
-        sums *= tl.load(b_factor).to(tl.float32)[None, :]
-    sums *= OUTSIDE
-    if bias is not None:
-        sums += tl.load(bias + row).to(tl.float32)[None, :]
     place = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + place, sums.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    written = (m < M)[:, None] & (n < N)[None, :]
+    if PARTS == 1:
+        total = scaled(sums, a_factor, b_factor, row, bias, A_GROUP, B_GROUP, OUTSIDE)
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
+    else:
+        tl.store(partial + split.to(tl.int64) * M * N + place, sums, mask=written)
+
+
+@triton.jit
+def add_parts(
+    partial, a_scale, scale, bias, y, M, N, a_groups, b_groups, height,
+    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, OUTSIDE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of `y` [M, N] of the sums in `partial`, added in order; see `levels_kernel`."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    token, row = tl.where(m < M, m, 0), tl.where(n < N, n, 0)
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    written = (m < M)[:, None] & (n < N)[None, :]
+    sums = tl.zeros((BM, BN), tl.float32)
+    for split in range(PARTS):
+        sums += tl.load(partial + tl.full((1, 1), split, tl.int64) * M * N + place, mask=written, other=0.0)
+    a_factor = a_scale + token.to(tl.int64) * a_groups
+    b_factor = scale + (row // height).to(tl.int64) * b_groups
+    total = scaled(sums, a_factor, b_factor, row, bias, A_GROUP, B_GROUP, OUTSIDE)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=written)
 
 
 def native(architecture: str) -> str | None:
@@ -157,52 +190,91 @@ def decoding(spec: PackedSpec) -> tuple[dict[str, Any], float]:
     return how, 2.0 ** (usual - grid.exponent_bias)
 
 
-def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
-    """y [..., N] in the dtype of `x` [..., K].
+def bind(packed: list[Tensor], spec: PackedSpec) -> launch.Bound:
+    """(x [..., K], packed, bias) -> y [..., N] in the dtype of `x`, for one weight.
 
-    Raises FormatError if there are fewer codes or scales than the shape needs, RuntimeError, as torch does, if the
-    shapes do not fit.
+    Raises FormatError if there are fewer codes or scales than the shape needs; what it gives raises RuntimeError, as
+    torch does, if the shapes do not fit.
     """
-    (n, k), tensors, input = spec.shape, named(packed, spec), spec.scheme.input
+    (n, k), input, blocks = spec.shape, spec.scheme.input, spec.scheme.weight.blocks
     assert input is not None
-    weight = spec.scheme.weight
-    counts, sides = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape)
-    bits = weight.numbers().bits if spec.layout == "dense" else 8
-    row_bytes = packed_width(k, bits)
-    launch.check_lengths(
-        tensors, {"codes": n * row_bytes, "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
-    )
-    rows = rows_of(x, k)
-    if "order" in tensors:
-        rows = rows.index_select(-1, tensors["order"])
-    m = rows.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m == 0:
+    counts = blocks.counts(spec.shape)
+    needed = {"codes": n * row_bytes_of(spec), "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
+    launch.check_lengths(dict(zip(spec.names, packed, strict=True)), needed)
+    plans = Plans(lambda m, device: plan_of(spec, m, launch.hardware(device)))
+    seen = input.tensor.blocks
+    how = {"width": seen.cols if seen.rows == 1 else -1, "whole": input.dynamic and seen.rows == -1}
+    grid = input.tensor.numbers()
+
+    def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
+        tensors, rows = named(packed, spec), rows_of(x, k)
+        if "order" in tensors:
+            rows = rows.index_select(-1, tensors["order"])
+        y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
+        if rows.shape[0]:
+            product(rows, tensors, bias, y, grid, how, plans.get(rows.shape[0], x.device))
         return y.reshape(*x.shape[:-1], n)
-    architecture = launch.hardware(x.device).architecture
+
+    return run
+
+
+def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
+    """y [..., N] in the dtype of `x` [..., K]. Raises like `bind` and what it gives."""
+    return bind(packed, spec)(x, packed, bias)
+
+
+def row_bytes_of(spec: PackedSpec) -> int:
+    """Bytes of a row of codes."""
+    return packed_width(spec.shape[1], spec.scheme.weight.numbers().bits if spec.layout == "dense" else 8)
+
+
+def plan_of(spec: PackedSpec, m: int, found: launch.Hardware) -> Plan:
+    """The launch for `m` rows."""
+    (n, k), weight, input = spec.shape, spec.scheme.weight, spec.scheme.input
+    assert input is not None
+    counts, sides, row_bytes = weight.blocks.counts(spec.shape), weight.blocks.sides(spec.shape), row_bytes_of(spec)
+    bits = weight.numbers().bits if spec.layout == "dense" else 8
     how, outside = decoding(spec)
-    a_type, b_type, halves = None, None, bits == 4
-    if spec.layout == "float8" and input.tensor.grid in FLOAT8 and (kind := native(architecture)):
+    a_type, b_type = None, None
+    if spec.layout == "float8" and input.tensor.grid in FLOAT8 and (kind := native(found.architecture)):
         types = FLOAT8 if kind == "numbers" else HALVED
         a_type, b_type = types[input.tensor.grid], types[weight.grid]
         outside = 1.0 if kind == "numbers" else 4.0
-    codes = tensors["codes"].view(torch.uint8)
-    words = codes.view(torch.int32) if row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0 else None
     width = input.tensor.blocks.cols if input.tensor.blocks.rows == 1 else -1
     a_group = width if 0 < width < k else 0
     b_group = sides[1] if counts[1] > 1 else 0
-    tile = levels_tile(architecture, m, b_type is not None, bool(a_group or b_group))
+    tile = levels_tile(found.architecture, m, b_type is not None, bool(a_group or b_group))
     bk = min(tile.bk, *(group for group in (a_group, b_group) if group), tile.bk)
-    with launch.on(x.device):
+    parts, each = launch.split(tile, bk, m, n, k, found.processors)
+    both = {
+        "M": m, "N": n, "a_groups": triton.cdiv(k, a_group) if a_group else 1, "b_groups": counts[1],
+        "height": sides[0], "A_GROUP": a_group, "B_GROUP": b_group, "OUTSIDE": outside, "PARTS": parts, "BM": tile.bm,
+        "BN": tile.bn, "enable_fp_fusion": True,
+    }  # fmt: skip
+    alone = {
+        **how, "K": k, "row_bytes": row_bytes, "part_steps": each, "A_TYPE": a_type, "B_TYPE": b_type, "BITS": bits,
+        "HALVES": bits == 4, "BK": bk, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return Plan((triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm)), parts, row_bytes % 4 == 0, both | alone, both)
+
+
+def product(
+    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, grid: Grid, how: dict[str, Any],
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Write `y` [M, N] for `rows` [M, K], M > 0, in the stored order of columns; `how`: ranges of the input."""
+    codes, parts = tensors["codes"].view(torch.uint8), plan.splits
+    words = launch.words_of(codes) if plan.words and codes.data_ptr() % 4 == 0 else None
+    partial = torch.empty(parts, *y.shape, dtype=torch.float32, device=y.device) if parts > 1 else None
+    store = "bfloat16" if plan.arguments["A_TYPE"] is None else "float8"
+    with launch.on(y.device):
         seen = quantize(
-            rows, input.tensor.numbers(), "bfloat16" if a_type is None else "float8", width,
-            given=tensors.get("input_scale"), whole=input.dynamic and input.tensor.blocks.rows == -1, planes=halves,
+            rows, grid, store, given=tensors.get("input_scale"), planes=plan.arguments["HALVES"], **how
         )  # fmt: skip
-        levels_kernel[(triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm),)](
-            seen.codes, seen.scale, codes, words, tensors["scale"], bias, y,
-            m, n, k, seen.codes.stride(0), seen.codes.stride(0) // 2, row_bytes, seen.scale.shape[1], counts[1],
-            sides[0], A_TYPE=a_type, B_TYPE=b_type, BITS=bits, **how, OUTSIDE=outside, A_GROUP=a_group, B_GROUP=b_group,
-            HALVES=halves, BM=tile.bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return y.reshape(*x.shape[:-1], n)
+        given = {"a_scale": seen.scale, "scale": tensors["scale"], "bias": bias, "y": y}
+        stride = seen.codes.stride(0)
+        levels_kernel[(plan.grid[0] * plan.grid[1], parts)](
+            seen.codes, codes, words, partial, a_stride=stride, half=stride // 2, **given, **plan.arguments
+        )
+        if parts > 1:
+            add_parts[plan.grid](partial, **given, **plan.finish, num_warps=4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import bits_at, four_bits_of, from_magic, numbers, scales, zeros_at
+from .decode import bits_at, numbers, numbers_of_words, scales, zeros_at
 
 
 @triton.jit
@@ -36,11 +36,7 @@ def numbers_of_tile(
             packed = tl.load(codes + code_row + word[None, :])
         else:
             packed = tl.load(codes + code_row + word[None, :], mask=word[None, :] < K // 8, other=0)
-        if KIND == "integer" and dtype != tl.float32:
-            placed = four_bits_of(packed, 0x6400 if dtype == tl.float16 else 0x4300)
-            weight = from_magic(placed, offset, dtype)
-        else:
-            weight = numbers(four_bits_of(packed, 0), table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
+        weight = numbers_of_words(packed, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)
     else:
         code = bits_at(codes, code_row, column[None, :], BITS)
         weight = numbers(code, table, offset, KIND, dtype, BITS, MANTISSA, FACTOR)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from hfquant import compiled
 from hfquant.grids import Grid, IntGrid
 from hfquant.ranges import Params
+
+Both = Callable[[Tensor, compiled.Parameters], tuple[Tensor, Tensor]]
 
 
 class RoundColumn(Protocol):
@@ -20,8 +24,11 @@ class RoundColumn(Protocol):
 def column_rounder(params: Params, shape: tuple[int, int]) -> RoundColumn:
     """The rounding of the columns of a matrix of `shape` [N, K] by its grid parameters [R, C]."""
     scale = _by_block(params.scale, params, shape)
-    if params.zero is not None:
-        return _asymmetric(scale, _by_block(params.zero, params, shape), params.grid.size - 1)
+    zero = None if params.zero is None else _by_block(params.zero, params, shape)
+    if (both := compiled.both(scale, params.grid, zero)) is not None:
+        return _compiled(both, scale, zero, params.grid)
+    if zero is not None:
+        return _asymmetric(scale, zero, params.grid.size - 1)
     if isinstance(params.grid, IntGrid):
         return _integer(scale, params.grid)
     return _lookup(scale, params.grid)
@@ -34,9 +41,24 @@ def _by_block(values: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
     return spread.T.contiguous()
 
 
-def _asymmetric(scale: Tensor, zero: Tensor, top: int) -> RoundColumn:
+def _compiled(both: Both, scale: Tensor, zero: Tensor | None, grid: Grid) -> RoundColumn:
+    """In one operation, where there is one: columns become rows, with a scale for all or for each number."""
+
     def round_column(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        codes = (x / scale[block]).round_().add_(zero[block]).clamp_(0, top)
+        shared = None if zero is None else zero[block : block + 1]
+        to = compiled.Parameters(grid, scale[block : block + 1], shared, (1, x.numel() // scale.shape[1]))
+        codes, values = both(x[None], to)
+        return codes[0], values[0]
+
+    return round_column
+
+
+def _asymmetric(scale: Tensor, zero: Tensor, top: int) -> RoundColumn:
+    whole = zero.round()
+    rest = zero - whole  # of zero points that are real numbers
+
+    def round_column(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        codes = (x / scale[block]).add_(rest[block]).round_().add_(whole[block]).clamp_(0, top)
         return codes, (codes - zero[block]).mul_(scale[block])
 
     return round_column

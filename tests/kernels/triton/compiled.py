@@ -32,6 +32,7 @@ TARGETS = {
 NVIDIA = tuple(name for name in TARGETS if name.startswith("sm_"))
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 INSTRUCTION = r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;"  # of NVIDIA, behind its address
+ATOMIC = r"ATOMG|ATOM\.|REDG|RED\.|global_atomic|buffer_atomic"  # on global memory
 _CACHE = tempfile.TemporaryDirectory(prefix="hfquant-triton-")
 
 
@@ -103,7 +104,7 @@ class Binary:
     @cached_property
     def text(self) -> str:
         """The instructions, as the tools of the maker of the GPU write them."""
-        return self.asm["amdgcn"] if "amdgcn" in self.asm else self._dump("-sass")
+        return self.asm["amdgcn"] if "amdgcn" in self.asm else self._dump()
 
     @cached_property
     def lines(self) -> list[str]:
@@ -150,15 +151,15 @@ class Binary:
         return self._metadata(r"\.vgpr_spill_count:\s+(\d+)", r"STACK:(\d+)")
 
     def _metadata(self, amd: str, cuda: str) -> int:
-        text = self.text if "amdgcn" in self.asm else self._dump("-res-usage")
-        (found,) = re.findall(amd if "amdgcn" in self.asm else cuda, text)
+        (found,) = re.findall(amd if "amdgcn" in self.asm else cuda, self.text)
         return int(found)
 
-    def _dump(self, what: str) -> str:
+    def _dump(self) -> str:
+        """Instructions, and what they need."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.asm["cubin"])
             file.flush()
-            command = [os.fspath(CUOBJDUMP), what, file.name]
+            command = [os.fspath(CUOBJDUMP), "-sass", "-res-usage", file.name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout + done.stderr
 

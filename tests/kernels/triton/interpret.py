@@ -163,6 +163,11 @@ class Faithful(interpreter.InterpreterBuilder):
             a, b = (Handle(x.data.astype(np.float32), tl.float32) for x in (a, b))
         return super().create_dot(a, b, d, precision, *rest)
 
+    def create_inline_asm(self, asm: str, constraints: str, operands: Any, *rest: Any) -> Any:
+        assert asm in ASSEMBLY, f"say what this instruction does: {asm}"
+        result = Handle(ASSEMBLY[asm](*(operand.data for operand in operands)), tl.int32)
+        return types.SimpleNamespace(get_result=lambda number: result)
+
     def cast_impl(self, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source in NARROW:
@@ -177,6 +182,22 @@ class Faithful(interpreter.InterpreterBuilder):
             return super().create_fp_to_fp(src, dst_type, rounding_mode)
         data = convert(src.data, src.dtype.scalar, dst_type.scalar, rounding_mode)
         return Handle(data.view(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+
+
+def byte_permutation(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """PRMT in its default mode: four digits, of which bit 3 would repeat the sign of a byte instead."""
+    a, b, selector = (value.astype(np.int32) for value in np.broadcast_arrays(a, b, selector))
+    both = a.view(np.uint32).astype(np.uint64) | (b.view(np.uint32).astype(np.uint64) << np.uint64(32))
+    out = np.zeros(both.shape, np.uint32)
+    for place in range(4):
+        digit = ((selector >> (4 * place)) & 0xF).astype(np.uint64)
+        byte = (both >> (8 * (digit & 7))) & 0xFF
+        byte = np.where(digit & 8, np.where(byte & 0x80, 0xFF, 0), byte)
+        out |= byte.astype(np.uint32) << (8 * place)
+    return out.view(np.int32)
+
+
+ASSEMBLY = {"prmt.b32 $0, $1, $2, $3;": byte_permutation}
 
 
 def is_narrow(handle: Any) -> bool:

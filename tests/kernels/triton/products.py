@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hfquant.blocks import Blocks
+from hfquant.kernel import KERNELS, Kernel, choose
 from hfquant.kernels.triton import launch
 from hfquant.qtensor import Outliers, QTensor
 from hfquant.spec import TensorSpec
@@ -32,6 +33,19 @@ def as_if_on(target: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "hardware", lambda device: launch.Hardware(target, PROCESSORS[target]))
         yield
+
+
+@contextmanager
+def registered(kernel: Kernel) -> Iterator[None]:
+    """A kernel in the table for the time of a test."""
+    before = KERNELS.entries()
+    KERNELS.add(kernel.name, kernel, "a test")
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        KERNELS.restore(before)
+        choose.cache_clear()
 
 
 def interpret(q: QTensor, layout: str, x: Tensor, bias: Tensor | None, **options: Any) -> Tensor:

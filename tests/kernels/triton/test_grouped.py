@@ -55,7 +55,7 @@ def test_products(data: st.DataObject) -> None:
     bias = torch.randn(count, shape[0], generator=generator) if draw(st.booleans()) else None
     in_order = draw(st.booleans())
     x = (torch.randn(tokens * (top if in_order else 1), shape[1], generator=generator) * 0.1).to(dtype)
-    with interpreted():
+    with as_if_on(draw(st.sampled_from(["none", "sm_90"]))), interpreted():
         plan = grouped.routing(index, count, dtype)
         y = grouped.project(x, tensors, bias, described, plan, 0 if in_order else top)
     whose = index.flatten()[plan.sorted]

@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from hfquant import reference
 from hfquant.blocks import Blocks
 from hfquant.grids import grid as named
-from hfquant.kernels.triton.inputs import Quantized, outlying, quantize
+from hfquant.kernels.triton.inputs import (
+    Quantized,
+    list_kernel,
+    mark_kernel,
+    outlying,
+    peak_kernel,
+    quantize,
+    quantize_kernel,
+)
 from hfquant.qtensor import InputParams, Outliers
 from hfquant.spec import InputSpec, TensorSpec
 
-from .compiled import NVIDIA, recording
+from .compiled import TARGETS, recording
 from .interpret import interpreted
 
 EIGHT = {"e4m3fn": torch.float8_e4m3fn, "e5m2ieee": torch.float8_e5m2}
@@ -130,21 +138,20 @@ def test_rows_longer_than_a_block() -> None:
     same(values(whole, "e4m3fn", 5001, -1), reference.round_trip(x, TensorSpec("e4m3fn", Blocks(-1, -1))))
 
 
-@pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
-def test_they_compile_to_wide_loads(target: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code(target: str) -> None:
+    """Values are loaded 16 bytes at a time and become codes without conversions between integers and numbers."""
     x = torch.empty(64, 4096, dtype=torch.bfloat16)
     with recording() as launches:
-        kept = outlying(x, 6.0, None)
-        quantize(x, named("int8"), "int8", keep=kept.keep, sums=True)
+        quantize(x, named("int8"), "int8", keep=outlying(x, 6.0, None).keep, sums=True)
         quantize(x, named("e4m3fn"), "float8", 128)
-    for launch in launches[2:]:
+        quantize(x, named("e2m1"), "bfloat16", whole=True)
+    mark, listing, *others, _ = launches
+    assert [launch.kernel for launch in (mark, listing)] == [mark_kernel, list_kernel]
+    assert [launch.kernel for launch in others] == [quantize_kernel, quantize_kernel, peak_kernel]
+    assert [launch.compile(target).spilled for launch in (mark, listing)] == [0, 0]
+    for launch in others:
         binary = launch.compile(target)
         wide = r"(global|buffer)_load_dwordx4" if target == "gfx942" else r"LDG\.E.*\.128"
         assert binary.spilled == 0 and binary.count(wide), "16 bytes a load"
-        assert not binary.count("F2I|I2F", binary.loop or binary.lines)
-
-
-def test_columns_are_marked_and_listed_without_spills() -> None:
-    with recording() as launches:
-        outlying(torch.empty(64, 4096, dtype=torch.bfloat16), 6.0, None)
-    assert [launch.compile("sm_80").spilled for launch in launches] == [0, 0]
+        assert not binary.count("F2I|I2F|v_cvt_f32_[iu]", binary.loop or binary.lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from hfquant import reference
 from hfquant.blocks import Blocks
 from hfquant.errors import FormatError
 from hfquant.gpu import inputs as gpu_inputs
-from hfquant.kernels.triton import int8
+from hfquant.kernels.triton import int8, launch
 from hfquant.layouts import unpack_inputs
 from hfquant.qtensor import Outliers
 from hfquant.spec import InputSpec, PackedSpec, TensorSpec
 
 from ..problems import WORST_INT, assert_close, int_problems, packed, random_weight
-from .compiled import TARGETS, Launch, recording
+from .compiled import ATOMIC, TARGETS, Launch, recording
 from .interpret import interpreted
 from .products import as_if_on
 
@@ -53,6 +54,28 @@ def test_products(problem: tuple, ordered: bool) -> None:
         y = gpu_inputs.run_int8(x, tensors, bias, spec)
     assert y.dtype == x.dtype
     assert_close(y, seen, q.dequantize(), bias, WORST_INT)
+
+
+@pytest.mark.parametrize(
+    ("grid", "layout", "split", "rows"),
+    [("int8", "bytes", 3.0, 1), ("int8", "bytes", None, 20), ("int4", "dense", 3.0, 20), ("int4n", "dense", None, 1)],
+)
+def test_columns_split_among_programs_give_the_same_bits(
+    grid: str, layout: str, split: float | None, rows: int
+) -> None:
+    """Sums of integers are exact: results are those of one program, however many there are and in which order."""
+    tensors, spec = layer(grid, layout, (40, 2100), replace(TOKENS, split=split), 3)
+    x = torch.randn(rows, 2100, generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    with interpreted(), mock.patch.object(launch, "split", lambda *sizes: (1, sizes[4])):
+        whole = gpu_inputs.run_int8(x, tensors, bias, spec)
+    with as_if_on("sm_90"), recording() as launches:
+        gpu_inputs.run_int8(x, tensors, bias, spec)
+    assert [recorded.kernel for recorded in launches[-2:]] == [int8.int8_kernel, int8.finish_kernel]
+    assert launches[-2].grid[1] > 1
+    for backwards in (False, True):
+        with as_if_on("sm_90"), interpreted(backwards=backwards):
+            assert torch.equal(gpu_inputs.run_int8(x, tensors, bias, spec), whole)
 
 
 @pytest.mark.parametrize("split", [None, 3.0])
@@ -110,10 +133,10 @@ def test_what_it_declines() -> None:
 
 def product(rows: int, grid: str, layout: str, split: float | None, architecture: str) -> Launch:
     """The launch of the product of a layer with 4096 columns."""
-    tensors, spec = layer(grid, layout, (4096, 4096), replace(TOKENS, split=split), 8 if split else 0)
+    tensors, spec = layer(grid, layout, (1024, 4096), replace(TOKENS, split=split), 8 if split else 0)
     with as_if_on(architecture), recording() as launches:
         int8.run(torch.empty(rows, 4096, dtype=torch.bfloat16), tensors, None, spec)
-    return launches[-1]
+    return next(recorded for recorded in launches if recorded.kernel is int8.int8_kernel)
 
 
 MATRIX = {"sm_90": "IGMMA|IMMA", "sm_100": "UTC.*MMA|IMMA", "gfx942": "v_mfma_i32.*i8"}
@@ -134,3 +157,16 @@ def test_machine_code(target: str, rows: int, grid: str, layout: str, split: flo
     between = binary.lines[matrix[0] : matrix[-1]]
     if split is None:
         assert not binary.count("I2F|v_cvt|PRMT|v_perm", between)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_parts_are_finished_without_atomics(target: str) -> None:
+    """With columns in floating point of both kinds, which the second launch takes."""
+    tensors, spec = layer("int8", "bytes", (1024, 4096), replace(TOKENS, split=6.0), 8)
+    with as_if_on(target), recording() as launches:
+        int8.run(torch.empty(1, 4096, dtype=torch.bfloat16), tensors, None, spec)
+    product, finish = (recorded.compile(target) for recorded in launches[-2:])
+    assert launches[-1].kernel is int8.finish_kernel
+    for binary in (product, finish):
+        assert binary.spilled == 0 and not binary.count(ATOMIC) and binary.count(WIDE)
+    assert finish.count("HMMA|HGMMA|UTC.*MMA|v_mfma")

@@ -59,6 +59,20 @@ def masked_by_a_scalar(x, out, n, N: tl.constexpr):
 
 
 @triton.jit
+def permuted(a, b, selector, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    found = tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, tl.load(b + at), tl.load(selector + at)], tl.int32, True, 1
+    )
+    tl.store(out + at, found)
+
+
+@triton.jit
+def unknown_assembly(out):
+    tl.store(out, tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [7], tl.int32, True, 1))
+
+
+@triton.jit
 def last_program(out):
     tl.store(out, tl.program_id(0))
 
@@ -130,6 +144,18 @@ def test_addresses_outside_of_the_tensors_are_an_error() -> None:
             total[(4,)](x, out, 128, N=32)
         with pytest.raises(AssertionError, match="writes 1 of 1 places outside"):
             total[(4,)](x, out[:3], 100, N=32)
+
+
+def test_bytes_are_permuted_as_the_instruction_set_says() -> None:
+    """The digits of a selector name bytes of both operands; from 8 on they repeat the sign of one."""
+    b, selector = torch.tensor([0x77665544] * 4), torch.tensor([0x3210, 0x7654, 0x0415, 0xB98F])
+    out = torch.empty(4, dtype=torch.int32)
+    with interpreted():
+        permuted[(1,)](0x33221180 - (1 << 32), b.int(), selector.int(), out, N=4)
+        with pytest.raises(AssertionError, match=r"what this instruction does: mov"):
+            unknown_assembly[(1,)](out)
+    a = 0x33221180
+    assert [f"{value & 0xFFFFFFFF:08x}" for value in out.tolist()] == [f"{a:08x}", "77665544", "80441155", "0000ff00"]
 
 
 @pytest.mark.parametrize(("n", "expected"), [(6, 1), (5, 7)])

@@ -19,7 +19,7 @@ from hfquant.qtensor import InputParams, QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
 from ..problems import DTYPES, WORST_INT, assert_close, drawn_bias, drawn_input, packed, random_weight
-from .compiled import TARGETS, Launch, recording
+from .compiled import ATOMIC, TARGETS, Launch, recording
 from .interpret import interpreted
 from .products import as_if_on
 
@@ -67,6 +67,18 @@ def test_products(problem: Problem, architecture: str) -> None:
     assert_close(y, seen, q.dequantize(), bias, WORST_INT)
 
 
+def test_a_single_row_that_was_cut_from_a_wider_tensor() -> None:
+    """It has no gaps whatever its stride, which only its view as another type would look at."""
+    q = random_weight((1, 9), TensorSpec("int3", Blocks(1, -1)), 0)
+    tensors, spec = packed(q, "dense", InputSpec(TensorSpec("int4", Blocks(1, -1))))
+    wide = torch.zeros(1, 6, dtype=torch.uint8)
+    wide[:, :4] = tensors[0]
+    x = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    with interpreted():
+        y = gpu_inputs.run_levels(x, [wide[:, :4], *tensors[1:]], None, spec)
+    torch.testing.assert_close(y, reference.linear(x, tensors, None, spec))
+
+
 @pytest.mark.parametrize("grid", EIGHT)
 def test_halved_float8_is_half_of_every_level(grid: str) -> None:
     """Why AMD's float8 instructions of gfx942 give a quarter of the product; its only other zero stands for NaN."""
@@ -87,6 +99,35 @@ def test_values_that_are_not_finite_are_seen_in_their_row_alone() -> None:
     with as_if_on("sm_90"), interpreted():
         y = gpu_inputs.run_levels(x, tensors, None, spec)
     assert y[1:].isnan().all() and y[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "blocks", "rows"),
+    [
+        ("e2m1", Blocks(1, -1), 1),
+        ("e2m1", Blocks(1, 64), 40),
+        ("e4m3fn", Blocks(1, -1), 1),
+        ("e4m3fn", Blocks(128, 128), 40),
+        ("int3", Blocks(1, 64), 1),
+    ],
+)
+def test_columns_are_split_among_programs_and_summed_in_one_order(weight: str, blocks: Blocks, rows: int) -> None:
+    """However the programs are scheduled, results are equal to the last bit, and those of one program nearly so."""
+    q = random_weight((40, 1100), TensorSpec(weight, blocks), 0)
+    layout = "float8" if weight == "e4m3fn" else "dense"
+    tensors, spec = packed(q, layout, InputSpec(TensorSpec("e4m3fn", replace(blocks, rows=1))))
+    x = torch.randn(rows, 1100, generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    with as_if_on("sm_90"), recording() as launches:
+        gpu_inputs.run_levels(x, tensors, bias, spec)
+    assert [launch.kernel for launch in launches[-2:]] == [levels.levels_kernel, levels.add_parts]
+    assert launches[-2].grid[1] > 1
+    with as_if_on("sm_90"), interpreted():
+        y = gpu_inputs.run_levels(x, tensors, bias, spec)
+    with as_if_on("sm_90"), interpreted(backwards=True):
+        assert torch.equal(y, gpu_inputs.run_levels(x, tensors, bias, spec))
+    seen = reference.quantize_input(x, spec.scheme.input, None)
+    assert_close(y, seen, q.dequantize(), bias, WORST_INT)
 
 
 def spec_of(weight: TensorSpec, input: InputSpec, layout: str = "bytes", **options: object) -> PackedSpec:
@@ -145,7 +186,7 @@ def product(rows: int, weight: TensorSpec, layout: str, input: InputSpec, target
     tensors, spec = packed(random_weight((4096, 4096), weight, 0), layout, input)
     with as_if_on(target), recording() as launches:
         levels.run(torch.empty(rows, 4096, dtype=torch.bfloat16), tensors, None, spec)
-    return launches[-1]
+    return next(launch for launch in launches if launch.kernel is levels.levels_kernel)
 
 
 FLOAT8 = {"sm_80": "HMMA.*BF16", "sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "v_mfma.*fp8_fp8"}
@@ -170,3 +211,15 @@ def test_machine_code(target: str, rows: int, layer: tuple, matrix: dict[str, st
     assert not binary.count("I2F|v_cvt_f32_[iu]", binary.loop)
     if matrix is FLOAT8 and target != "sm_80":
         assert not binary.count("F2F|v_cvt|LOP3.*0x7f", binary.loop)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_parts_are_added_without_atomics(target: str) -> None:
+    tensors, spec = packed(random_weight((64, 4096), FOUR[0], 0), *FOUR[1:])
+    with as_if_on(target), recording() as launches:
+        levels.run(torch.empty(1, 4096, dtype=torch.bfloat16), tensors, None, spec)
+    binary = launches[-1].compile(target)
+    assert launches[-1].kernel is levels.add_parts and binary.spilled == 0
+    assert not binary.count(ATOMIC) and binary.count(WIDE)
+    if target in ("sm_90", "gfx942"):
+        assert not launches[-2].compile(target).count(ATOMIC)

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfquant.blocks import Blocks
 from hfquant.gpu import weight_only as gpu
-from hfquant.kernel import KERNELS, Kernel, choose, declined, use_kernel
+from hfquant.kernel import Kernel, declined, use_kernel
 from hfquant.kernels.triton import launch
 from hfquant.ops import linear
 from hfquant.qtensor import QTensor
 from hfquant.spec import InputSpec, PackedSpec, Scheme, TensorSpec
 
 from ..problems import BOUND, DTYPES, GRIDS, SUMS, assert_refuses_short, error, packed, random_weight
+from .compiled import recording
 from .interpret import interpreted
-from .products import LAST, as_if_on, assert_near, interpret, problems, with_outliers
+from .products import LAST, as_if_on, assert_near, interpret, problems, registered, with_outliers
 
 
 @settings(max_examples=100, deadline=None)
-@given(problem=problems())
-def test_the_product_is_that_of_the_dequantized_weight(problem: tuple) -> None:
+@given(problem=problems(), architecture=st.sampled_from(["none", "sm_90"]))
+def test_the_product_is_that_of_the_dequantized_weight(problem: tuple, architecture: str) -> None:
     q, layout, x, bias = problem
-    assert_near(interpret(q, layout, x, bias), x, q, bias)
+    with as_if_on(architecture):
+        assert_near(interpret(q, layout, x, bias), x, q, bias)
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems())
-def test_the_gradient_is_the_product_with_the_dequantized_weight(problem: tuple) -> None:
+@given(problem=problems(), architecture=st.sampled_from(["none", "sm_90"]))
+def test_the_gradient_is_the_product_with_the_dequantized_weight(problem: tuple, architecture: str) -> None:
     q, layout, x, _ = problem
     tensors, spec = packed(q, layout)
     seed = torch.Generator().manual_seed(q.shape[0])
     grad = torch.randn(x.shape[0], q.shape[0], generator=seed).mul(1e-3 if x.dtype == torch.float16 else 1).to(x.dtype)
-    with interpreted():
+    with as_if_on(architecture), interpreted():
         found = gpu.input_grad(grad, tensors, spec)
     weight = q.dequantize().double()
     exact, terms = grad.double() @ weight, grad.double().abs() @ weight.abs()
@@ -68,19 +69,6 @@ def test_training_through_a_layer_takes_the_gradient_of_the_kernel(outliers: int
     torch.testing.assert_close(first, x.grad, rtol=1e-5, atol=1e-5)
 
 
-@contextmanager
-def registered(kernel: Kernel) -> Iterator[None]:
-    """A kernel in the table for the time of a test."""
-    before = KERNELS.entries()
-    KERNELS.add(kernel.name, kernel, "a test")
-    choose.cache_clear()
-    try:
-        yield
-    finally:
-        KERNELS.restore(before)
-        choose.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errors_of_every_grid(dtype: torch.dtype) -> None:
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
@@ -105,6 +93,27 @@ def test_columns_are_split_among_programs_and_summed_in_one_order(dtype: torch.d
         assert torch.equal(y, interpret(q, "dense", x, bias, backwards=True))
     assert added.__getitem__.call_count == 2, "not split"
     assert_near(y, x, q, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", ["nf4", "fp4", "dyn4", "e2m1", "e1m2", "e3m0", "ue2m2", "e3m0b20", "quantile4"])
+def test_levels_that_are_permuted_in_registers_are_those_of_the_table(grid: str, dtype: torch.dtype) -> None:
+    """Every code at every place of a word, to the last bit."""
+    codes = torch.stack([torch.arange(16).roll(-shift) for shift in range(16)]).to(torch.uint8)
+    fitted = torch.randn(16, generator=torch.Generator().manual_seed(0)).sort().values
+    levels = fitted if grid == "quantile4" else None
+    spec = TensorSpec(grid, Blocks(1, -1))
+    codes = codes if levels is not None else codes % spec.numbers().size
+    q = QTensor(codes, torch.ones(16, 1), None, None, spec, levels)
+    found = []
+    for architecture in ("none", "sm_90"):
+        with as_if_on(architecture), recording() as launches:
+            launch.bind(*packed(q, "dense"))(torch.eye(16).to(dtype), packed(q, "dense")[0], None)
+        assert (launches[0].options["KIND"] == "permute") == (architecture == "sm_90")
+        with as_if_on(architecture):
+            found.append(interpret(q, "dense", torch.eye(16).to(dtype), None))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1].T, q.dequantize().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
