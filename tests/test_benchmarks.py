@@ -55,6 +55,13 @@ def test_training_through_quantization_wins_on_every_seed_without_data() -> None
         assert all(trained < 0.75 * rounded for trained, rounded in pairs)
 
 
+def test_recipes_learn_what_16_bit_adapters_learn() -> None:
+    result = json.loads((ROOT / "benchmarks/results/finetune_quality.json").read_text())
+    recipes = {name: seeds for name, seeds in result["rows"].items() if name != "16-bit LoRA"}
+    assert {path.stem for path in (ROOT / "recipes").glob("*lora*.yaml")} | {"loftq-nf4"} == recipes.keys()
+    assert all(len(seeds) == 3 and min(found["learned"] for found in seeds) >= 0.9 for seeds in recipes.values())
+
+
 def test_adapters_win_back_what_they_have_to() -> None:
     rows = json.loads((ROOT / "benchmarks/results/lora_init.json").read_text())["rows"]
     bars = {(name, cell): bar for name, row in rows.items() for cell, bar in row["bars"].items()}
