@@ -32,7 +32,17 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["peers", "fpq_quality", "fpq_encoders", "cpu_linear", "cpu_decode", "qat_quality", "lora_init"]
+    "name",
+    [
+        "peers",
+        "fpq_quality",
+        "fpq_encoders",
+        "cpu_linear",
+        "cpu_decode",
+        "qat_quality",
+        "lora_init",
+        "finetune_quality",
+    ],
 )
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
