@@ -107,12 +107,6 @@ def columns_of(key: str, device: torch.device, dtype: torch.dtype) -> Columns | 
     return kernel.columns if forced in (None, kernel.name) and not PackedSpec.parse(key).rotated else None
 
 
-def has_input_grad(key: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel of a weight at this point has a gradient of its own, which needs no columns."""
-    kernel, forced = choose(_without_input(key), device, dtype), _forced.get()
-    return kernel.input_grad is not None and forced in (None, kernel.name)
-
-
 def run_input_grad(grad: Tensor, packed: list[Tensor], key: str) -> Tensor:
     """Gradient [..., K] of the input of a quantized linear layer; `grad` [..., N] is that of its output.
 

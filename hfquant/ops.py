@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from .hadamard import inverse_hadamard
-from .kernel import Columns, columns_of, has_input_grad, run_input_grad, run_linear
+from .kernel import columns_of, run_input_grad, run_linear
 from .layouts import LAYOUTS, unpack
 from .spec import PackedSpec
-
-_PANEL = 4 << 20  # bytes of a weight that are multiplied at once: they stay in cache, and the whole matrix is nowhere
 
 _LIBRARY = torch.library.Library("hfquant", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str spec) -> Tensor")
@@ -31,21 +29,7 @@ def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str
 
 
 def _input_grad(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:
-    columns = None if has_input_grad(spec, grad.device, grad.dtype) else columns_of(spec, grad.device, grad.dtype)
-    return run_input_grad(grad, packed, spec) if columns is None else _grad_in_panels(grad, packed, spec, columns)
-
-
-def _grad_in_panels(grad: Tensor, packed: list[Tensor], spec: str, columns: Columns) -> Tensor:
-    """grad [..., N] @ W, some columns of W at a time."""
-    parsed = PackedSpec.parse(spec)
-    height, width = parsed.shape
-    step = max(1, _PANEL // max(1, height * grad.element_size() * 64)) * 64
-    step = width if "order" in parsed.names or parsed.outliers else min(step, width)
-    out = _input_grad_fake(grad, packed, spec)
-    for first in range(0, width, step):
-        last = min(first + step, width)
-        out[..., first:last] = grad @ columns(packed, parsed, grad.dtype, first, last)
-    return out
+    return run_input_grad(grad, packed, spec)
 
 
 def _input_grad_fake(grad: Tensor, packed: list[Tensor], spec: str) -> Tensor:

@@ -41,6 +41,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         "cpu_decode",
         "qat_quality",
         "lora_init",
+        "qlora_step",
         "finetune_quality",
     ],
 )
@@ -77,6 +78,17 @@ def test_adapters_win_back_what_they_have_to() -> None:
     bars = {(name, cell): bar for name, row in rows.items() for cell, bar in row["bars"].items()}
     assert bars == {("nf4", "loftq 16"): 0.8, ("int3", "loftq 16"): 0.8, ("gptq w3", "eora 32"): 0.7}
     assert all(rows[name]["ratio"][cell] <= bar for (name, cell), bar in bars.items())
+
+
+def test_kernels_page_quotes_the_measured_steps() -> None:
+    steps = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())["steps"]
+    batches = [f"1 x {tokens}, checkpointed" for tokens in (128, 512)]
+    page = " ".join((ROOT / "docs/kernels.md").read_text().split())
+    quoted = re.search(
+        r"A step of 128 tokens takes (\S+) times as long with bitsandbytes, one of 512 tokens (\S+);", page
+    )
+    assert quoted is not None
+    assert list(quoted.groups()) == [f"{steps[batch]['hfquant nf4']['times']:.2f}" for batch in batches]
 
 
 def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:

@@ -2,11 +2,24 @@
 
 from ..kernel import Kernel
 from .dequantize import columns
+from .gradient import input_grad
 from .jobs import join, run_jobs
 from .linear import bind, run, why_not
 from .native import NAME, Library, library
 from .rounding import ROUNDING
 
-KERNEL = Kernel(NAME, "*", "cpu", run, why_not, priority=10, bind=bind, columns=columns, run_jobs=run_jobs, join=join)
+KERNEL = Kernel(
+    NAME,
+    "*",
+    "cpu",
+    run,
+    why_not,
+    priority=10,
+    bind=bind,
+    columns=columns,
+    run_jobs=run_jobs,
+    join=join,
+    input_grad=input_grad,
+)
 
-__all__ = ["KERNEL", "ROUNDING", "Library", "bind", "columns", "library", "run", "why_not"]
+__all__ = ["KERNEL", "ROUNDING", "Library", "bind", "columns", "input_grad", "library", "run", "why_not"]

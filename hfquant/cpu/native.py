@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from .types import TYPES, Input, Weight
 
 NAME = "cpu"  # of the kernel
-ABI = 3
+ABI = 4
 
 
 class Library:

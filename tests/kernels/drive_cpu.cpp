@@ -329,6 +329,35 @@ bool dequantized(Random &random, const std::vector<std::string> &isas, const Siz
     return true;
 }
 
+// The gradient of an input, where there is a kernel for it: grad [m, n] times the weight.
+bool gradients(Random &random, const std::vector<std::string> &isas, const Sizes &s, const AnyWeight &weight, int threads) {
+    const Numbers grad(random, s.m * s.n, s.type, -1, 1);
+    const double relative = 3.1 * rounding(s.type) + (double(s.n) / 2 + 32) * 0x1p-23;
+    std::vector<double> sums(size_t(s.m * s.k)), terms(sums);
+    for (int64_t i = 0; i < s.n; i++)
+        for (int64_t j = 0; j < s.k; j++) {
+            const double value = weight.value(i, j), size = weight.size(i, j);
+            for (int64_t m = 0; m < s.m; m++) {
+                sums[size_t(m * s.k + j)] += grad[m * s.n + i] * value;
+                terms[size_t(m * s.k + j)] += std::fabs(grad[m * s.n + i]) * size;
+            }
+        }
+    for (const std::string &isa : isas) {
+        const Numbers found(random, s.m * s.k, s.type, 500, 600);
+        if (hfq_use(isa.c_str())) return std::printf("%s: refused\n", isa.c_str()), false;
+        const int declined = hfq_input_grad(&weight.w, grad.data(), found.data(), s.m, s.type, threads);
+        if (declined < 0) return std::printf("%s: no memory\n", isa.c_str()), false;
+        for (int64_t i = 0; !declined && i < s.m * s.k; i++) {
+            const double bound = relative * terms[size_t(i)] + tiny(s.type);
+            if (std::fabs(found[i] - sums[size_t(i)]) <= bound) continue;
+            std::printf("%s: gradient %lld of column %lld: %g instead of %g, off by more than %g\n", isa.c_str(),
+                        (long long)(i / s.k), (long long)(i % s.k), found[i], sums[size_t(i)], bound);
+            return false;
+        }
+    }
+    return true;
+}
+
 bool floating(Random &random, const std::vector<std::string> &isas, int threads) {
     const Sizes s(random);
     const AnyWeight weight(random, s);
@@ -342,6 +371,7 @@ bool floating(Random &random, const std::vector<std::string> &isas, int threads)
     const double roundings = s.type == HFQ_BFLOAT16 ? 3.1 : s.type == HFQ_FLOAT16 ? 1 : 0;
     const Expected expected = product(s, weight, plain, offset, roundings);
     if (!dequantized(random, isas, s, weight, threads)) return describe(s, weight.w), false;
+    if (!gradients(random, isas, s, weight, threads)) return describe(s, weight.w), false;
     const bool joined = random.one_in(3);
     const auto call = [&](void *y) {
         return joined ? as_jobs(random, s, {&weight.w, nullptr, x.data(), offset, y, s.m}, threads)

@@ -32,6 +32,8 @@ HALF = 2.0**-8  # of a last place of bfloat16
 # Of sum |x w|, for any input and each result: half a last place of the result, of a weight where it is rounded to
 # bfloat16, and float32 sums.
 WORST = {torch.bfloat16: (1 + HALF) ** 2 - 1, torch.float16: 2.0**-11, torch.float32: 0.0}
+# The same where weights are rounded to the type of the result, whatever it is.
+WORST_WEIGHTS = {**WORST, torch.float16: (1 + 2.0**-11) ** 2 - 1}
 WORST_LEVELS = {**WORST, torch.bfloat16: (1 + HALF) ** 3 - 1}  # levels that bfloat16 does not have are rounded, too
 WORST_VALUES = {**WORST, torch.bfloat16: (1 + HALF) ** 4 - 1}  # inputs times their scale are rounded to it as well
 WORST_INT = {**WORST, torch.bfloat16: HALF}
@@ -70,6 +72,22 @@ def packed(
     scheme = Scheme(q.spec, input)
     tensors = {**LAYOUTS.get(layout).pack(q), **pack_inputs(inputs, scheme)}
     return list(tensors.values()), packed_spec(tensors, layout, q.shape, scheme)
+
+
+def kinds() -> dict[str, tuple[QTensor, str]]:
+    """Weights that are stored in every way there is."""
+    generator = torch.Generator().manual_seed(0)
+    plain = random_weight((40, 96), TensorSpec("int4", Blocks(1, 32)), 0)
+    order = torch.randperm(96, generator=generator).int()
+    kept = Outliers(torch.tensor([3, 50], dtype=torch.int32), torch.randn(40, 2, generator=generator).half())
+    fitted = replace(plain, spec=TensorSpec("quantile4", Blocks(1, 32)), levels=torch.arange(16.0) / 7 - 1)
+    return {
+        "plain": (plain, "dense"),
+        "fitted": (fitted, "dense"),
+        "order": (replace(plain, order=order), "bytes"),
+        "outliers": (replace(plain, outliers=kept), "dense"),
+        "both": (replace(plain, order=order, outliers=kept), "dense"),
+    }
 
 
 def kept_columns(q: QTensor, count: int, dtype: torch.dtype, seed: int) -> QTensor:

@@ -3,6 +3,7 @@
 // products are so much faster than those of vectors that a tile is worth it from the first row on that `matvec` does not
 // take, full or not.
 // All else is the code for AVX-512.
+#include "avx512_gradient.h"
 #include "avx512_int8.h"
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
@@ -121,7 +122,7 @@ int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_b
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize};
+const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad};
 
 }  // namespace
 

@@ -68,7 +68,7 @@ int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int t
     return dequantize_with<EightLanes>(w, first, last, to, type, threads);
 }
 
-const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid, round, dequantize};
+const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid, round, dequantize, nullptr};
 
 }  // namespace
 

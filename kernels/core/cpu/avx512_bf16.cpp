@@ -1,6 +1,7 @@
 // flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512bf16 -mavx512vnni -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized
 // AVX-512 with VBMI and BF16 (Zen 4, Sapphire Rapids and later): bfloat16 inputs meet bfloat16 weights in
 // `vdpbf16ps`, which adds up in float32; other inputs are computed in float32.
+#include "avx512_gradient.h"
 #include "avx512_int8.h"
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
@@ -8,9 +9,17 @@
 
 namespace {
 
-struct Vectors {
+class Vectors {
+  public:
     template <class Codes>
     static int run(const Problem &p, const Levels &levels) {
+        if (p.m == 0) return 0;
+        return in_blocks(p, p.weight.k, p.weight.n, [&](const Problem &part) { return block<Codes>(part, levels); });
+    }
+
+  private:
+    template <class Codes>
+    static int block(const Problem &p, const Levels &levels) {
         const hfq_weight &w = p.weight;
         const int64_t width = ceil_div(w.k, Codes::COLUMNS) * Codes::COLUMNS;
         Buffer<bf16> x(p.m * width);
@@ -33,7 +42,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize};
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize, input_grad};
 
 }  // namespace
 

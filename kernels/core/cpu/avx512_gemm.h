@@ -77,6 +77,27 @@ inline void tiles(int64_t inputs, const typename In::Type *x, const typename In:
 // Rows of inputs in a tile: as many as there are room for, spread evenly over the tiles.
 inline int64_t tile_inputs(int64_t m, int room = TILE_INPUTS) { return ceil_div(m, ceil_div(m, room)); }
 
+constexpr int64_t MOST_INPUTS = 384;  // rows that are multiplied with a weight before it is decoded again
+
+// A problem in parts of as many rows, more of which would not stay in cache from panel to panel; `run(part)` may fail.
+template <class Run>
+int in_blocks(const Problem &p, int64_t columns_of_x, int64_t columns_of_y, const Run &run) {
+    const int64_t size = ceil_div(ceil_div(p.m, ceil_div(p.m, MOST_INPUTS)), TILE_INPUTS) * TILE_INPUTS;
+    const int64_t x_bytes = columns_of_x * (p.type == HFQ_FLOAT32 ? 4 : 2);
+    const int64_t y_bytes = columns_of_y * (p.result == HFQ_FLOAT32 ? 4 : 2);
+    int failed = 0;
+    for (int64_t first = 0; first < p.m && !failed; first += size) {
+        Problem part = p;
+        part.m = p.m - first < size ? p.m - first : size;
+        part.x = static_cast<const char *>(p.x) + first * x_bytes;
+        part.y = static_cast<char *>(p.y) + first * y_bytes;
+        if (p.row_scale) part.row_scale += first;
+        if (p.kept) part.kept += first * p.kept_count;
+        failed = run(part);
+    }
+    return failed;
+}
+
 // Where input row m lies in memory of [m, width], and how many vectors its own ones are apart: tile after tile.
 struct InTile {
     int64_t offset, stride;

@@ -92,6 +92,12 @@ int hfq_round(const hfq_rounding *rounding, const void *x, float *values, int ty
     return isa ? 0 : -1;
 }
 
+int hfq_input_grad(const hfq_weight *weight, const void *grad, void *to, int64_t m, int type, int threads) {
+    const Isa *isa = chosen();
+    if (!isa) return -1;
+    return isa->input_grad ? isa->input_grad(Problem{*weight, grad, nullptr, to, m, type, threads}) : 1;
+}
+
 int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads) {
     const Isa *isa = chosen();
     return isa ? isa->dequantize(*weight, first, last, to, type, threads) : -1;

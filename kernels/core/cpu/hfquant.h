@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define HFQ_ABI 3
+#define HFQ_ABI 4
 #define HFQ_EXPORT __attribute__((visibility("default")))
 
 enum hfq_type { HFQ_FLOAT32 = 0, HFQ_BFLOAT16 = 1, HFQ_FLOAT16 = 2 };
@@ -125,6 +125,10 @@ HFQ_EXPORT int hfq_round(const hfq_rounding *rounding, const void *x, float *val
 /* The columns [first, last) of a weight, [n, last - first] of `type`, rounded once from float32. Returns 0, or -1 if
  * memory ran out or no instruction set is in use. */
 HFQ_EXPORT int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads);
+
+/* to [m, k] = grad [m, n] W: the gradient of an input from that of its result, both of `type`. Weights are rounded to it.
+ * Returns 1, and does nothing, where the instruction set in use is better off with `hfq_dequantize` and a product. */
+HFQ_EXPORT int hfq_input_grad(const hfq_weight *weight, const void *grad, void *to, int64_t m, int type, int threads);
 
 /* Several products; x and y of all are of `type`. The results are those of single calls. Returns 0, or -1 if one failed:
  * then nothing is known of what is in any y. */

@@ -36,6 +36,7 @@ struct Isa {
     int (*linear_grid)(const Problem &problem, const hfq_input &input);
     void (*round)(const RoundingProblem &problem);
     int (*dequantize)(const hfq_weight &weight, int64_t first, int64_t last, void *to, int type, int threads);
+    int (*input_grad)(const Problem &problem);  // x [m, n] and y [m, k]; 1 for what it is not made for, NULL for none
 };
 
 // Weak: a source whose instructions the compiler does not know is not in the library.
