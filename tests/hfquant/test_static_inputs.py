@@ -17,7 +17,7 @@ from hfquant import HfQuantConfig, ops, reference
 from hfquant.backend import Backend, register, unregister
 from hfquant.blocks import Blocks
 from hfquant.errors import CalibrationError, FormatError, SpecError
-from hfquant.experts import QExperts
+from hfquant.experts import QExperts, to_packed_experts
 from hfquant.histogram import Histogram
 from hfquant.input_ranges import absmax, input_params
 from hfquant.kernel import REFERENCE
@@ -322,14 +322,9 @@ class Routed(nn.Module):
         self.act_fn = nn.ReLU()
 
 
-class PackedRouted(QExperts, Routed):
-    original = Routed
-
-
 @BOTH
 def test_each_expert_has_its_own_range(seen: InputSpec) -> None:
-    experts, recipe = PackedRouted(), Recipe(Scheme(ROW, seen))
-    experts.specs, experts.keys, experts.dtype = {}, {}, torch.float32
+    experts, recipe = to_packed_experts(Routed(), torch.float32), Recipe(Scheme(ROW, seen))
     plain: dict[str, list[tuple[Tensor, InputParams]]] = {}
     for projection, shape in (("up_proj", (24, 16)), ("down_proj", (16, 24))):
         parts, plain[projection] = [], []
