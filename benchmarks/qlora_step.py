@@ -4,10 +4,11 @@ A Llama of 0.85 billion random parameters (hidden size 2048, 16 layers, 5632 ins
 keys and values, a vocabulary of 32000) in bfloat16, with adapters of rank 16 in float32 on every linear layer of its
 blocks, AdamW. "seconds": for a step, forward, backward and update; models take turns within one run, figures are
 medians; "times": how many of its own steps a model does in one of bitsandbytes', the median over rounds, and the same
-by processor time, which others on the machine disturb less. "memory": the largest that a process of its own takes, less
-what it had once all was imported, while the model is loaded and while it trains, without pages of mapped files; 16-bit
-parameters are copied out of these, and what loading has freed is handed back before training. Writes
-results/qlora_step.json and .md.
+by processor time, which others on the machine disturb less. "memory": the largest resident memory of a process of its
+own, less what it had once all was imported, while a model that was quantized before is loaded and while it trains.
+Pages of mapped files are left out, and parameters copied out of them, so that all of a model counts and nothing else of
+its files; the allocator maps everything from 256 kB on by itself (MALLOC_MMAP_THRESHOLD_), so that what is freed goes
+back. The largest of three processes counts. Writes results/qlora_step.json and .md.
 """
 
 from __future__ import annotations
@@ -43,11 +44,22 @@ CHECKPOINTED = ", checkpointed"
 # Sequences x tokens, and how many rounds of steps are timed.
 TIMED = {f"1 x 128{CHECKPOINTED}": 5, "1 x 128": 4, f"1 x 512{CHECKPOINTED}": 3}
 MEASURED = (f"1 x 128{CHECKPOINTED}", f"1 x 512{CHECKPOINTED}")
+PROCESSES = 3  # for each model's memory
 BARS = {"times": 1.5, "of 16-bit LoRA": 0.5, "of bitsandbytes": 1.05}
 
 
-def load(name: str, folder: Path) -> Any:
-    """A model by the name it has in the results, with new adapters, as it is trained."""
+def saved(name: str, folder: Path) -> Path:
+    """The folder of a model that is quantized already, made from the original in `folder` if it is not there."""
+    if name == PLAIN:
+        return folder
+    place = folder / name.replace(" ", "-")
+    if not (place / "config.json").exists():
+        quantized(name, folder).save_pretrained(place)
+    return place
+
+
+def quantized(name: str, folder: Path) -> Any:
+    """A model by the name it has in the results, from the original in `folder`."""
     quantization: dict[str, Any] = {
         PLAIN: None,
         "hfquant nf4": HfQuantConfig("nf4", double_quant=True),
@@ -60,7 +72,12 @@ def load(name: str, folder: Path) -> Any:
         ),
     }
     options = {"dtype": torch.bfloat16, "quantization_config": quantization[name]}
-    base = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None})
+    return AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None})
+
+
+def load(name: str, folder: Path) -> Any:
+    """A model that is quantized already, with new adapters, as it is trained."""
+    base = AutoModelForCausalLM.from_pretrained(saved(name, folder), dtype=torch.bfloat16)
     base.config.use_cache = False
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -123,9 +140,8 @@ def memory(name: str, folder: str) -> None:
     before = own()
     with Peak() as peak:
         model = load(name, Path(folder))
-        for parameter in model.parameters():  # of 16 bit: pages of the checkpoint until now
-            if parameter.dtype == torch.bfloat16:
-                parameter.data = parameter.data.clone()
+        for parameter in model.parameters():  # pages of the checkpoint until now
+            parameter.data = parameter.data.clone()
     found, step = {"imports": before, "loading": peak.size - before}, steps(model)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what loading has freed, and the allocator kept, is not needed to train
@@ -138,11 +154,17 @@ def memory(name: str, folder: str) -> None:
 
 
 def in_process(name: str, folder: Path) -> dict[str, float]:
-    """`memory` in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", name, str(folder)], capture_output=True, text=True, check=True
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    """`memory` in fresh processes: the largest figures."""
+    saved(name, folder)
+    runs: list[dict[str, float]] = []
+    for _ in range(PROCESSES):
+        done = subprocess.run(
+            [sys.executable, __file__, "--memory", name, str(folder)], capture_output=True, text=True, check=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"},
+        )  # fmt: skip
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    found = {what: max(run[what] for run in runs) for what in runs[0]}
+    found["spread"] = max(max(run[what] for run in runs) - min(run[what] for run in runs) for what in runs[0])
     print(f"{name:18s} " + "  ".join(f"{what} {size:.0f} MB" for what, size in found.items()), flush=True)
     return found
 
@@ -186,7 +208,7 @@ def _times(peer: list[float], own: list[float]) -> float:
     return median(a / b for a, b in zip(peer, own, strict=True))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, only_memory: bool = False) -> None:
     """Measure, print, write."""
     logging.disable_progress_bar()
     if not (folder / "config.json").exists():
@@ -196,7 +218,12 @@ def main(folder: Path) -> None:
     result = facts(str(__doc__), __file__)
     result["versions"] |= {name: version(name) for name in ("peft", "bitsandbytes")}
     result["machine"]["load"] = os.getloadavg()[0]
-    result |= {"bars": BARS, "memory_mb": sizes, "steps": timed(folder)}
+    result |= {"bars": BARS, "memory_mb": sizes}
+    if only_memory:
+        old = json.loads((RESULTS / "qlora_step.json").read_text())
+        result = old | {"memory_mb": sizes, "memory_facts": {key: result[key] for key in ("machine", "versions")}}
+    else:
+        result["steps"] = timed(folder)
     (RESULTS / "qlora_step.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "qlora_step.md").write_text(markdown(result))
 
@@ -213,7 +240,7 @@ def markdown(result: dict[str, Any]) -> str:
         figures = (f"{cell['seconds']:.2f} | {cell['times']:.2f} | {cell['processor_times']:.2f}" for cell in cells)
         out.append(f"| {name} | " + " | ".join(figures) + " |")
     sizes = result["memory_mb"]
-    batches = [what for what in sizes[PLAIN] if what not in ("imports", "loading")]
+    batches = [what for what in sizes[PLAIN] if what not in ("imports", "loading", "spread")]
     heads = " | ".join(f"{batch}, MB | of 16-bit LoRA | of bitsandbytes" for batch in batches)
     out += ["", f"| model | loading, MB | {heads} |", "|---" * (2 + 3 * len(batches)) + "|"]
     for name, row in sizes.items():
@@ -229,12 +256,13 @@ def markdown(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "FOLDER"), help="only train a model, in this process")
+    parser.add_argument("--only-memory", action="store_true", help="keep the times that were measured before")
     parser.add_argument("--model", type=Path, help="folder of the model, made if it is not there (default: temporary)")
     given = parser.parse_args()
     if given.memory:
         memory(*given.memory)
     elif given.model:
-        main(given.model)
+        main(given.model, given.only_memory)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            main(Path(scratch))
+            main(Path(scratch), given.only_memory)

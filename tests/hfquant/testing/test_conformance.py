@@ -301,13 +301,13 @@ def test_faults_of_whole_models_are_found(monkeypatch: pytest.MonkeyPatch) -> No
     """Three at once: layers left out, no gradient in 16 bit, nothing dequantized. The rest still passes."""
     from hfquant import ops
 
-    gradient = ops._grad_in_panels
+    gradient = ops.run_input_grad
 
     def broken(grad: Tensor, *rest: Any) -> Tensor:
         right = gradient(grad, *rest)
         return right if grad.dtype == torch.float32 else torch.full_like(right, torch.nan)
 
-    monkeypatch.setattr(ops, "_grad_in_panels", broken)
+    monkeypatch.setattr(ops, "run_input_grad", broken)
     monkeypatch.setattr("hfquant.hf.swap_out", lambda model, dtype: None)
     monkeypatch.setattr("hfquant.testing.model_checks.run_fresh", in_this_process)
     found = failures("int4", models=("llama",), modules_to_not_convert=["down_proj"])
