@@ -208,22 +208,22 @@ def _times(peer: list[float], own: list[float]) -> float:
     return median(a / b for a, b in zip(peer, own, strict=True))
 
 
-def main(folder: Path, only_memory: bool = False) -> None:
-    """Measure, print, write."""
+def main(folder: Path, only: str | None = None) -> None:
+    """Measure, print, write; `only` "memory" or "steps", what else was measured before stays."""
     logging.disable_progress_bar()
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         LlamaForCausalLM(config()).to(torch.bfloat16).save_pretrained(folder)
-    sizes = {name: in_process(name, folder) for name in MODELS}
-    result = facts(str(__doc__), __file__)
-    result["versions"] |= {name: version(name) for name in ("peft", "bitsandbytes")}
-    result["machine"]["load"] = os.getloadavg()[0]
-    result |= {"bars": BARS, "memory_mb": sizes}
-    if only_memory:
-        old = json.loads((RESULTS / "qlora_step.json").read_text())
-        result = old | {"memory_mb": sizes, "memory_facts": {key: result[key] for key in ("machine", "versions")}}
-    else:
-        result["steps"] = timed(folder)
+    setting = facts(str(__doc__), __file__)
+    setting["versions"] |= {name: version(name) for name in ("peft", "bitsandbytes")}
+    setting["machine"]["load"] = os.getloadavg()[0]
+    result = json.loads((RESULTS / "qlora_step.json").read_text()) if only else {"bars": BARS}
+    result |= {name: setting[name] for name in ("question", "command")}
+    facts_of = {name: setting[name] for name in ("machine", "versions")}
+    if only != "steps":
+        result |= {"memory_facts": facts_of, "memory_mb": {name: in_process(name, folder) for name in MODELS}}
+    if only != "memory":
+        result |= {**facts_of, "steps": timed(folder)}
     (RESULTS / "qlora_step.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "qlora_step.md").write_text(markdown(result))
 
@@ -256,13 +256,13 @@ def markdown(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "FOLDER"), help="only train a model, in this process")
-    parser.add_argument("--only-memory", action="store_true", help="keep the times that were measured before")
+    parser.add_argument("--only", choices=("memory", "steps"), help="keep what else was measured before")
     parser.add_argument("--model", type=Path, help="folder of the model, made if it is not there (default: temporary)")
     given = parser.parse_args()
     if given.memory:
         memory(*given.memory)
     elif given.model:
-        main(given.model, given.only_memory)
+        main(given.model, given.only)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            main(Path(scratch), given.only_memory)
+            main(Path(scratch), given.only)

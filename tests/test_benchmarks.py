@@ -89,6 +89,18 @@ def test_kernels_page_quotes_the_measured_steps() -> None:
     )
     assert quoted is not None
     assert list(quoted.groups()) == [f"{steps[batch]['hfquant nf4']['times']:.2f}" for batch in batches]
+    memory = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())["memory_mb"]
+    shares = [memory["hfquant nf4"][batch] / memory["16-bit LoRA"][batch] for batch in batches]
+    assert "take {:.2f} of the memory of 16-bit LoRA with 128 tokens, {:.2f} with 512".format(*shares) in page
+
+
+def test_training_takes_half_the_memory_of_16_bit_and_no_more_than_bitsandbytes() -> None:
+    result = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())
+    memory, bars = result["memory_mb"], result["bars"]
+    for batch in ("1 x 128, checkpointed", "1 x 512, checkpointed"):
+        own = memory["hfquant nf4"][batch]
+        assert own <= bars["of 16-bit LoRA"] * memory["16-bit LoRA"][batch]
+        assert own <= bars["of bitsandbytes"] * memory["bitsandbytes nf4"][batch]
 
 
 def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:
