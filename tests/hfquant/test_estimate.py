@@ -141,7 +141,9 @@ def reality(src, out, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = fresh.run(PROGRAM, src, out, BUNDLED / "heldout.txt", json.dumps(options), environment=environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["promised"] is not None, done.stderr  # which says why there is no estimate
+    return found
 
 
 def wide_model(folder):
