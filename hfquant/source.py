@@ -97,7 +97,7 @@ def load_model(src: str | Path, config: Any = None, **options: Any) -> Any:
     """
     config = config or read_config(src, options.get("revision"))
     dtype_named(options.get("dtype", "auto"))
-    _check_device(options.get("device_map"))
+    check_device(options.get("device_map"))
     try:
         return model_class(config).from_pretrained(src, **options).eval()
     except HfQuantError:
@@ -120,7 +120,7 @@ def dtype_named(name: str) -> torch.dtype | None:
     return found
 
 
-def _check_device(device: Any) -> None:
+def check_device(device: Any) -> None:
     """Raise SpecError for the name of a device that is not there."""
     if not isinstance(device, str) or device in PLACEMENTS:
         return

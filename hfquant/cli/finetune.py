@@ -39,6 +39,8 @@ def finetune_command(
 
     Several processes: `accelerate launch -m hfquant finetune ...`.
     """
+    if public and push is None:
+        raise SpecError("--public is of a repository: name it with --push, or leave --public out")
     options: dict[str, Any] = {"data": data, "eval_data": eval_data, "max_steps": max_steps, "seed": seed}
     options |= {"device": device, "overwrite": overwrite, "resume": resume}
     if dry_run:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration_state import Tick
+
 if TYPE_CHECKING:
     from .report import TuningReport
-
-Tick = Callable[[str, float], None]
 
 
 def finetune(

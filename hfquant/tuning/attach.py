@@ -7,12 +7,12 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 from transformers import set_seed
 
+from ..calibration_state import Tick
 from ..lora.check import named_targets
 from ..lora.init import LayerInit, initialize
 from ..lora.pooled import tie_groups
 from ..recipe_file import LoraSection
 from ..report import total_bytes
-from .base import Tick
 from .request import Plan
 from .rows import Rows
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import api, processes
+from ..calibration_state import Tick
 from ..config import HfQuantConfig
 from ..quantize import works_on_blocks
-from ..report import REPORT_NAME, Report
+from ..report import REPORT_NAME
 from ..source import load_model
 from .request import Plan
 from .rows import Rows
 
 BASE = "base"
 """Folder of the quantized model beside its adapters."""
-
-Tick = Callable[[str, float], None]
 
 
 def config_of(plan: Plan, rows: Rows) -> HfQuantConfig:
@@ -32,28 +31,37 @@ def config_of(plan: Plan, rows: Rows) -> HfQuantConfig:
     return HfQuantConfig.from_recipe(plan.recipe.path, data=rows.calibration(config.data.samples))
 
 
-def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
-    """Quantize the model `source` into `folder`, unless an earlier run did; None if so.
+def quantized(source: str | Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> dict[str, Any]:
+    """Quantize the model `source` into `folder`, unless an earlier run did; the report that lies there.
 
     Of several processes all calibrate together; a method without calibration is the first one's work.
     """
-    if processes.of_first((folder / REPORT_NAME).exists()):  # all take the same way, or they wait for each other
-        return None
-    report = None
-    dtype = str(plan.dtype).removeprefix("torch.")
-    if works_on_blocks(config.recipe):
-        report = api.quantize(source, config, folder, dtype=dtype, tick=tick)
-    elif processes.rank() == 0:
+    finished = processes.of_first((folder / REPORT_NAME).exists())  # all take the same way, or they wait for each other
+    dtype = name_of(plan.dtype)
+    if not finished and works_on_blocks(config.recipe):
+        api.quantize(source, config, folder, dtype=dtype, tick=tick)
+    elif not finished and processes.rank() == 0:
         tick("quantizing", 0.0)
-        report = api.quantize(source, config, folder, dtype=dtype)
+        api.quantize(source, config, folder, dtype=dtype)
     processes.barrier()
-    return report
+    return report_in(folder)
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    """The report of the quantized model in a folder."""
+    found: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
+    return found
 
 
 def load_base(source: str | Path, plan: Plan, dtype: torch.dtype | None = None) -> Any:
     """A model, quantized or not, on the device of the training and in `dtype`, by default that of the training."""
     place = {} if plan.device.type == "cpu" else {"device_map": {"": plan.device}}
-    return load_model(source, dtype=str(dtype or plan.dtype).removeprefix("torch."), **place)
+    return load_model(source, dtype=name_of(dtype or plan.dtype), **place)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as `from_pretrained` and reports spell it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def remove(folder: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 
 from .. import processes
+from ..calibration_state import Tick
 from ..config import HfQuantConfig
 from ..lora.adapters import save_base
 from ..lora.pooled import merge_exact
-from ..report import Report
 from ..staging import staged
-from .base import Tick, load_base, quantized, remove
+from .base import load_base, quantized, remove
 from .request import Plan
 
 NEAREST = "nearest"
@@ -43,8 +43,8 @@ def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
     processes.barrier()
 
 
-def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> Report | None:
-    """Merge adapters in float32 and write the model to `folder`; the report of what was quantized again, or None.
+def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: Path, tick: Tick) -> None:
+    """Merge adapters in float32 and write the quantized model to `folder`.
 
     Adapters change weights by less than a step of the grid, which rounding to nearest would undo. A method that rounds
     to nearest keeps its scales, and codes are chosen so that what the adapter does survives (`requantize`). A method
@@ -55,14 +55,13 @@ def merge(base: Path, adapter: Path, plan: Plan, config: HfQuantConfig, folder: 
         if processes.rank() == 0:
             _merged(load_base(base, plan, torch.float32), adapter).to(plan.dtype).save_pretrained(folder)
         processes.barrier()
-        return None
+        return
     full = folder.with_name("dequantized")
     if processes.rank() == 0:
         _merged(load_base(base, plan, torch.float32).dequantize(), adapter).save_pretrained(full)
     processes.barrier()
-    report = quantized(full, plan, config, folder, tick)
+    quantized(full, plan, config, folder, tick)
     remove(full)
-    return report
 
 
 def _merged(model: Any, adapter: Path) -> Any:

@@ -10,6 +10,7 @@ from ..data import kind_of
 from ..preview import preview
 from ..source import empty_model
 from .attach import attach, size_of
+from .base import name_of
 from .request import Plan, Request, plan
 from .rows import read_rows
 from .training import steps
@@ -57,7 +58,7 @@ def forecast(recipe: Any, model: Any, out: Any, **options: Any) -> Forecast:
     chosen = plan(Request(recipe, model, out, **options))
     samples, updates = _training(chosen)
     work = chosen.workflow
-    dtype = str(chosen.dtype).removeprefix("torch.")
+    dtype = name_of(chosen.dtype)
     shown = None if chosen.config is None else preview(chosen.model, chosen.config, dtype, None).to_dict()
     return Forecast(
         recipe=chosen.recipe.label,

@@ -16,7 +16,7 @@ from ..hub import check_repository
 from ..qat import why_not
 from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection, Workflow, read_recipe
 from ..selftext import refusal
-from ..source import model_class, original_config, stored_dtype
+from ..source import check_device, dtype_named, model_class, original_config, stored_dtype
 from ..staging import check_output
 
 _8BIT = ("adamw_8bit", "paged_adamw_8bit")
@@ -88,7 +88,6 @@ def plan(request: Request) -> Plan:
     work, out = recipe.workflow, Path(request.out or "out")
     if request.out is not None:
         check_output(out, request.overwrite, keep=request.model)
-    changes = {"max_steps": request.max_steps, "seed": request.seed}
     train = _changed(work.train, recipe, request)
     model_config = original_config(request.model)
     _check_class(model_config, request.model)
@@ -100,7 +99,7 @@ def plan(request: Request) -> Plan:
     if text is not None:
         tokenizer = tokenizer_for(text, request.model)
         check(text, tokenizer, model_config)
-    dtype = stored_dtype(request.model, model_config) if train is None else _dtype(train, request.model, model_config)
+    dtype = dtype_named("auto" if train is None else train.dtype) or stored_dtype(request.model, model_config)
     return Plan(
         recipe,
         str(request.model),
@@ -114,17 +113,23 @@ def plan(request: Request) -> Plan:
         dtype,
         _device(request.device),
         _push(request, work),
-        {name: value for name, value in changes.items() if value is not None},
+        _asked(request),
     )
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """What the request says in place of entries of the recipe."""
+    changes = {"max_steps": request.max_steps, "seed": request.seed}
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def _changed(train: TrainSection | None, recipe: RecipeFile, request: Request) -> TrainSection | None:
     """The section `train` with what the request says in its place. Raises SpecError if there is nothing to change."""
-    given = {"steps": request.max_steps, "seed": request.seed}
-    given = {name: value for name, value in given.items() if value is not None}
+    asked = _asked(request)
+    given = {"steps" if name == "max_steps" else name: value for name, value in asked.items()}
     if train is None:
-        if request.max_steps is not None:
-            raise SpecError(f"{recipe.path} does not train (it has no section 'train'): leave max_steps out")
+        if given:
+            raise SpecError(f"{recipe.path} does not train (it has no section 'train'): leave {', '.join(asked)} out")
         return None
     if request.max_steps is not None and request.max_steps < 1:
         raise SpecError(f"max_steps is a whole number from 1, got {request.max_steps}")
@@ -201,24 +206,11 @@ def _push(request: Request, work: Workflow) -> PushSection | None:
     return found
 
 
-def _dtype(train: TrainSection, model: str | Path, model_config: Any) -> torch.dtype:
-    if train.dtype == "auto":
-        return stored_dtype(model, model_config)
-    found: torch.dtype = getattr(torch, train.dtype)
-    return found
-
-
 def _device(asked: str | None) -> torch.device:
     """The device that is asked for, or that of this process. Raises SpecError if it cannot be used."""
     from accelerate import PartialState
 
     # Told of the CPU, it joins processes that share one; it would take them for single ones otherwise.
     state = PartialState(cpu=asked == "cpu" or not torch.accelerator.is_available())
-    if asked is None:
-        return torch.device(state.device)
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SpecError(f"the device {asked!r} cannot be used: {reason}. `hfquant doctor` lists devices") from error
-    return torch.device(asked)
+    check_device(asked)
+    return torch.device(state.device if asked is None else asked)

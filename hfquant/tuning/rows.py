@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ..data import batches
+from ..distill import IGNORED
 from ..errors import CalibrationError
 from ..eval import token_batches
 from ..inputs import digest
 from .request import Plan
-
-IGNORED = -100
-"""The label of positions that are not learned: transformers' and PyTorch's convention."""
 
 _SHARE = 10  # at most one in so many samples is kept back
 

@@ -14,14 +14,17 @@ from typing import Any
 from peft import PeftModel
 
 from .. import processes
+from ..api import coverage
+from ..calibration_state import Tick
 from ..config import HfQuantConfig
 from ..data import kind_of
 from ..hub import push_folder
-from ..report import peak_rss_mb, versions
+from ..report import REPORT_NAME as QUANTIZED
+from ..report import peak_rss_mb, sizes, versions
 from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
 from .attach import attach, size_of, start
-from .base import BASE, Tick, config_of, load_base, quantized
+from .base import BASE, config_of, load_base, quantized, report_in
 from .exits import merge, merge_pooled, replace_base, save_adapter
 from .report import CURVE_NAME, TuningReport, draw, write_card
 from .request import Plan, Request, plan
@@ -145,9 +148,7 @@ class Work:
 
     def _quantize(self, config: HfQuantConfig) -> None:
         with self._part("quantize") as tick:
-            report = quantized(self.plan.model, self.plan, config, self.base, tick)
-            if report is not None:
-                self.state.note("quantization", report.to_dict())
+            self.state.note("quantization", quantized(self.plan.model, self.plan, config, self.base, tick))
 
     def _train_through(self, config: HfQuantConfig, rows: Rows, stages: Stages) -> None:
         """All weights are trained through quantization, and then quantized."""
@@ -161,8 +162,7 @@ class Work:
                 self._note_training(rows, training, losses)
         with self._part("exit"):
             if "quantization" not in self.state.notes:
-                report = quantize_trained(trained, self.plan, config, self.base)
-                self.state.note("quantization", None if report is None else report.to_dict())
+                self.state.note("quantization", quantize_trained(trained, self.plan, config, self.base))
 
     def _note_training(self, rows: Rows, training: dict[str, Any], losses: list[dict[str, float]]) -> None:
         self.state.note("losses", losses)
@@ -204,9 +204,14 @@ class Work:
         with self._part("exit") as tick:
             if self.plan.workflow.exit == "exact":
                 merge_pooled(self.base, self.adapter, self.plan, self.merged)
-            elif (report := merge(self.base, self.adapter, self.plan, config, self.merged, tick)) is not None:
-                self.state.note("quantization", report.to_dict())
-            self._measure(stages, "merged", load_base(self.merged, self.plan))
+            else:
+                merge(self.base, self.adapter, self.plan, config, self.merged, tick)
+            model = load_base(self.merged, self.plan)
+            self._measure(stages, "merged", model)
+        again = self.merged / QUANTIZED  # there where the method was run again
+        report = report_in(self.merged) if again.exists() else self.state.notes["quantization"]
+        found = sizes(model, coverage(model))  # real-valued zero points take more bits
+        self.state.note("quantization", report | {name: found[name] for name in ("bits_per_weight", "mb_after")})
 
     def _report(self, stages: Stages) -> TuningReport:
         notes = self.state.notes

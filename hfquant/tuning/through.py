@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from .. import api, processes
+from ..calibration_state import Tick
 from ..config import HfQuantConfig
 from ..qat import finish_qat, prepare_qat
-from ..report import REPORT_NAME, Report, strict_json, total_bytes
+from ..report import REPORT_NAME, strict_json, total_bytes
 from ..source import copy_companions, load_model, stored_dtype
-from .base import Tick, load_base
+from .base import load_base, report_in
 from .request import Plan
 from .rows import Rows
 from .training import train
@@ -41,12 +42,11 @@ def train_through(
     return told
 
 
-def quantize_trained(trained: Path, plan: Plan, config: HfQuantConfig, folder: Path) -> Report | None:
-    """Quantize what was trained into `folder`; None in processes that do not write.
+def quantize_trained(trained: Path, plan: Plan, config: HfQuantConfig, folder: Path) -> dict[str, Any]:
+    """Quantize what was trained into `folder`; its report.
 
     In the dtype that it was trained in, or other codes would come out; what is not quantized is stored as it was.
     """
-    report = None
     if processes.rank() == 0:
         exact = folder.with_name("exact")
         report = api.quantize(trained, config, exact, dtype="float32", overwrite=True)
@@ -56,4 +56,4 @@ def quantize_trained(trained: Path, plan: Plan, config: HfQuantConfig, folder: P
         (folder / REPORT_NAME).write_text(strict_json(report.to_dict()) + "\n")
         shutil.rmtree(exact)
     processes.barrier()
-    return report
+    return report_in(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import processes
+from ..calibration_state import Tick
 from ..distill import DistillationTrainer
 from ..errors import HfQuantError
 from ..lora.check import check_gradients
@@ -19,7 +19,6 @@ from ..recipe_file import TrainSection
 from .request import Plan
 from .rows import collate
 
-Tick = Callable[[str, float], None]
 _LOGGED = 500  # losses of a run, at most about so many
 
 

@@ -58,4 +58,5 @@ def test_mistakes_are_told_with_their_line(hfquant, recipe, source, text, tmp_pa
     run = ("finetune", recipe, "--model", source, "--data", text)
     assert "line 5: lora.rnk: there is no such entry" in hfquant(*run, "-o", tmp_path / "out", status=2).stderr
     recipe.write_text(RECIPE)
+    assert "name it with --push" in hfquant(*run, "--public", status=2).stderr
     assert "name the folder to write with --output" in hfquant(*run, status=2).stderr

@@ -237,6 +237,8 @@ def test_pooled_adapters_leave_without_a_loss(recipe, text, tmp_path):
     stages = {stage.name: stage.loss for stage in report.stages}
     assert stages["trained"] < stages["quantized"] - 0.1
     assert stages["merged"] == pytest.approx(stages["trained"], abs=1e-5)
+    assert report.quantization is not None  # with zero points of 32 bits for each group of 64
+    assert report.quantization["bits_per_weight"] == pytest.approx(4 + 16 / 64 + 32 / 64, abs=0.01)
     measured = read_rows(plan(Request(path, MODEL, tmp_path / "else", data=text))).measure
     assert loss_of(load(tmp_path / "out"), measured) == pytest.approx(stages["merged"], abs=1e-6)
 

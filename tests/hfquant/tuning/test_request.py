@@ -35,6 +35,7 @@ def hollow(tmp_path) -> Path:
         ({}, {"eval_data": "absent.txt"}, r"the text to measure on, absent\.txt, is not a file"),
         ({}, {"max_steps": 0}, "max_steps is a whole number from 1"),
         ({"train": None, "lora": {"init": "eora"}}, {"max_steps": 2}, "leave max_steps out"),
+        ({"train": None, "lora": {"init": "eora"}}, {"seed": 2}, "leave seed out"),
         ({"train": None, "lora": None}, {"data": None}, "measures, and there is no text"),
         ({"train": None, "lora": None, "evaluate": None, "quantize": {"method": "gptq"}}, {"data": None},
          "needs calibration data"),
