@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,8 @@ from hfquant.spec import PackedSpec
 from . import launch
 from .blocks import int8_tile
 from .inputs import Outlying, outlying, quantize
-from .plans import Plan, Plans
+from .plans import Plan
+from .quantized_inputs import bound
 
 COLUMNS = 32  # of one step over columns in floating point
 
@@ -168,22 +171,10 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> launch.Bound:
     (n, k), halves = spec.shape, spec.layout == "dense"
     needed = {"codes": n * packed_width(k, 4 if halves else 8), "scale": n, "order": k, "input_scale": 1}
     needed |= {"outlier_index": spec.outliers, "outlier_weight": n * spec.outliers}
-    launch.check_lengths(dict(zip(spec.names, packed, strict=True)), needed)
-    plans = Plans(lambda m, device: plan_of(spec, m, launch.hardware(device)))
     input = spec.scheme.input
     assert input is not None
-    grid, split = input.tensor.numbers(), input.split
-
-    def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
-        tensors, rows = named(packed, spec), rows_of(x, k)
-        if "order" in tensors:
-            rows = rows.index_select(-1, tensors["order"])
-        y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
-        if rows.shape[0]:
-            product(rows, tensors, bias, y, grid, split, plans.get(rows.shape[0], x.device))
-        return y.reshape(*x.shape[:-1], n)
-
-    return run
+    launched = functools.partial(product, grid=input.tensor.numbers(), split=input.split)
+    return bound(packed, spec, needed, plan_of, launched)
 
 
 def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
@@ -210,7 +201,7 @@ def plan_of(spec: PackedSpec, m: int, found: launch.Hardware) -> Plan:
 
 
 def product(
-    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, grid: Grid, split: float | None,
+    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, *, grid: Grid, split: float | None,
     plan: Plan,
 ) -> None:  # fmt: skip
     """Write `y` [M, N] for `rows` [M, K], M > 0, in the stored order of columns."""
@@ -235,16 +226,3 @@ def product(
         )
         if parts > 1:
             finish_kernel[plan.grid](partial, **given, **plan.finish, num_warps=4)
-
-
-def named(packed: list[Tensor], spec: PackedSpec) -> dict[str, Tensor]:
-    """Packed tensors by name and without gaps: part of a tensor, as each process of several holds it, may have some."""
-    return {name: tensor.contiguous() for name, tensor in zip(spec.names, packed, strict=True)}
-
-
-def rows_of(x: Tensor, k: int) -> Tensor:
-    """`x` [..., K] as a matrix whose rows have no gaps inside. Raises RuntimeError for another K."""
-    if x.shape[-1] != k:
-        raise RuntimeError(f"a weight with {k} columns cannot take an input of shape {tuple(x.shape)}")
-    rows = x.reshape(-1, k)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()

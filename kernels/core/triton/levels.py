@@ -7,6 +7,7 @@ GPUs keep with fewer bits, are added up in float32 after each tile.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from . import launch
 from .blocks import levels_tile
 from .decode import bits_at
 from .inputs import quantize
-from .int8 import bytes_of, named, rows_of
-from .plans import Plan, Plans
+from .int8 import bytes_of
+from .plans import Plan
+from .quantized_inputs import bound
 
 FLOAT8 = {"e4m3fn": tl.float8e4nv, "e5m2ieee": tl.float8e5}
 HALVED = {"e4m3fn": tl.float8e4b8, "e5m2ieee": tl.float8e5b16}  # the same bits stand for half the number
@@ -200,22 +202,9 @@ def bind(packed: list[Tensor], spec: PackedSpec) -> launch.Bound:
     assert input is not None
     counts = blocks.counts(spec.shape)
     needed = {"codes": n * row_bytes_of(spec), "scale": counts[0] * counts[1], "order": k, "input_scale": 1}
-    launch.check_lengths(dict(zip(spec.names, packed, strict=True)), needed)
-    plans = Plans(lambda m, device: plan_of(spec, m, launch.hardware(device)))
     seen = input.tensor.blocks
     how = {"width": seen.cols if seen.rows == 1 else -1, "whole": input.dynamic and seen.rows == -1}
-    grid = input.tensor.numbers()
-
-    def run(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
-        tensors, rows = named(packed, spec), rows_of(x, k)
-        if "order" in tensors:
-            rows = rows.index_select(-1, tensors["order"])
-        y = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
-        if rows.shape[0]:
-            product(rows, tensors, bias, y, grid, how, plans.get(rows.shape[0], x.device))
-        return y.reshape(*x.shape[:-1], n)
-
-    return run
+    return bound(packed, spec, needed, plan_of, functools.partial(product, grid=input.tensor.numbers(), how=how))
 
 
 def run(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: PackedSpec) -> Tensor:
@@ -259,7 +248,7 @@ def plan_of(spec: PackedSpec, m: int, found: launch.Hardware) -> Plan:
 
 
 def product(
-    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, grid: Grid, how: dict[str, Any],
+    rows: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, y: Tensor, *, grid: Grid, how: dict[str, Any],
     plan: Plan,
 ) -> None:  # fmt: skip
     """Write `y` [M, N] for `rows` [M, K], M > 0, in the stored order of columns; `how`: ranges of the input."""
