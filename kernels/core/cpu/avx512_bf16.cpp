@@ -13,8 +13,7 @@ class Vectors {
   public:
     template <class Codes>
     static int run(const Problem &p, const Levels &levels) {
-        if (p.m == 0) return 0;
-        return in_blocks(p, p.weight.k, p.weight.n, [&](const Problem &part) { return block<Codes>(part, levels); });
+        return in_blocks(p, MOST_INPUTS, p.weight.k, p.weight.n, [&](const Problem &part) { return block<Codes>(part, levels); });
     }
 
   private:

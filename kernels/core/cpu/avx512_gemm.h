@@ -2,6 +2,7 @@
 // sides lie along the columns, so that nothing is transposed; the 16 partial sums of a product are added at its end.
 #pragma once
 
+#include "avx512_ahead.h"
 #include "common.h"
 #include "threads.h"
 
@@ -26,10 +27,12 @@ struct InFloat {
     static __m512 dot(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
-constexpr int64_t PANEL_ROWS = 64;       // of weights that are decoded together
+constexpr int64_t PANEL_ROWS = 96;       // of weights that are decoded together
 constexpr int64_t PANEL_BYTES = 4096;    // of a row of them
 constexpr int TILE_ROWS = 4, TILE_INPUTS = 6;
-constexpr int64_t SOON = 1024;           // bytes that a panel is asked for from the second-level cache
+constexpr int64_t FEW_INPUTS = 12;       // of which FEW_BYTES each stay in the first-level cache, with a tile of weights;
+constexpr int64_t FEW_BYTES = 2048;
+constexpr int FEW_BITS = 4;              // so little of wider codes takes more time to fetch than it saves
 
 // Sums of the lanes of four vectors.
 inline __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -44,12 +47,12 @@ inline __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 // sums [T, 4], rows PANEL_ROWS apart, += T rows of inputs times four rows of weights over `vectors` vectors. Of both,
 // the vectors with the same columns lie together: x [vectors, T, LANES], w [vectors, TILE_ROWS, LANES].
 template <class In, int T>
-inline void tile(const typename In::Type *x, const typename In::Type *w, int64_t vectors, float *sums) {
+inline void tile(const typename In::Type *x, const typename In::Type *w, int64_t vectors, Ahead ahead, float *sums) {
     __m512 acc[T][TILE_ROWS];
     for (int t = 0; t < T; t++)
         for (int r = 0; r < TILE_ROWS; r++) acc[t][r] = _mm512_setzero_ps();
     for (int64_t i = 0; i < vectors; i++, x += T * In::LANES, w += TILE_ROWS * In::LANES) {
-        for (int r = 0; r < TILE_ROWS; r++) _mm_prefetch(reinterpret_cast<const char *>(w) + SOON + 64 * r, _MM_HINT_T0);
+        ahead.ask();
         typename In::Vector weights[TILE_ROWS];
         for (int r = 0; r < TILE_ROWS; r++) weights[r] = In::load(w + r * In::LANES);
         for (int t = 0; t < T; t++) {
@@ -65,10 +68,11 @@ inline void tile(const typename In::Type *x, const typename In::Type *w, int64_t
 }
 
 template <class In>
-inline void tiles(int64_t inputs, const typename In::Type *x, const typename In::Type *w, int64_t vectors, float *sums) {
+inline void tiles(int64_t inputs, const typename In::Type *x, const typename In::Type *w, int64_t vectors, Ahead ahead,
+                  float *sums) {
     switch (inputs) {
 #define CASE(T) \
-    case T: return tile<In, T>(x, w, vectors, sums);
+    case T: return tile<In, T>(x, w, vectors, ahead, sums);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
     }
@@ -77,12 +81,12 @@ inline void tiles(int64_t inputs, const typename In::Type *x, const typename In:
 // Rows of inputs in a tile: as many as there are room for, spread evenly over the tiles.
 inline int64_t tile_inputs(int64_t m, int room = TILE_INPUTS) { return ceil_div(m, ceil_div(m, room)); }
 
-constexpr int64_t MOST_INPUTS = 384;  // rows that are multiplied with a weight before it is decoded again
+constexpr int64_t MOST_INPUTS = 528;  // rows that are multiplied with a weight before it is decoded again
 
-// A problem in parts of as many rows, more of which would not stay in cache from panel to panel; `run(part)` may fail.
+// A problem in parts of at most as many rows, more of which would not stay in cache; `run(part)` may fail.
 template <class Run>
-int in_blocks(const Problem &p, int64_t columns_of_x, int64_t columns_of_y, const Run &run) {
-    const int64_t size = ceil_div(ceil_div(p.m, ceil_div(p.m, MOST_INPUTS)), TILE_INPUTS) * TILE_INPUTS;
+int in_blocks(const Problem &p, int64_t most, int64_t columns_of_x, int64_t columns_of_y, const Run &run) {
+    const int64_t size = ceil_div(ceil_div(p.m, ceil_div(p.m, most)), TILE_INPUTS) * TILE_INPUTS;
     const int64_t x_bytes = columns_of_x * (p.type == HFQ_FLOAT32 ? 4 : 2);
     const int64_t y_bytes = columns_of_y * (p.result == HFQ_FLOAT32 ? 4 : 2);
     int failed = 0;
@@ -129,6 +133,24 @@ inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, cons
     }
 }
 
+// sums [m, PANEL_ROWS] += all inputs x [m, width] times `rows` rows of weights over `count` columns from `start` on.
+template <class In>
+void multiply_panel(const typename In::Type *x, int64_t m, int64_t width, int64_t start, int64_t count,
+                    const typename In::Type *panel, int64_t depth, int64_t rows, CodesAhead codes, float *sums) {
+    const int64_t size = tile_inputs(m), vectors = count / In::LANES;
+    const auto tile_at = [&](int64_t row, int64_t column) {
+        const InTile at(row, m, width, In::LANES);
+        return x + at.offset + column * at.stride;
+    };
+    for (int64_t first = 0; first < m; first += size) {
+        const int64_t together = m - first < size ? m - first : size, after = start + count < width ? start + count : 0;
+        InputsAhead inputs(first + size < m ? tile_at(first + size, start) : tile_at(0, after), together, vectors);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS)  // rows behind the last one are old ones, not used
+            tiles<In>(together, tile_at(first, start), panel + r * depth, vectors, {inputs.next(), codes.next()},
+                      sums + first * PANEL_ROWS + r);
+    }
+}
+
 // y = x W^T + bias, with x [m, width] in tiles. `rows.load(thread, first, count)` gets ready to decode rows of weights,
 // `rows.decode(thread, row, r, start, count, to)` decodes columns of row `r` of these, TILE_ROWS vectors apart. `step`:
 // columns that are decoded at once; `width` is a multiple of it.
@@ -136,21 +158,23 @@ template <class In, class Rows>
 int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t step, const Rows &weights) {
     using Type = typename In::Type;
     const hfq_weight &w = p.weight;
-    const int64_t depth = PANEL_BYTES / int64_t(sizeof(Type)) / step * step;
+    const bool few = p.m <= FEW_INPUTS && w.bits <= FEW_BITS;
+    const int64_t height = few ? TILE_ROWS : PANEL_ROWS;
+    const int64_t depth = (few ? FEW_BYTES : PANEL_BYTES) / int64_t(sizeof(Type)) / step * step;
     int failed = 0;
 #pragma omp parallel num_threads(p.threads)
     {
         const int id = omp_get_thread_num();
         const Share mine(w.n, TILE_ROWS, id, omp_get_num_threads());
-        Buffer<Type> panel(PANEL_ROWS * depth);
+        Buffer<Type> panel(height * depth);
         Buffer<float> sums(p.m * PANEL_ROWS);
         const bool ready = panel.data && sums.data;
         if (!ready) {
 #pragma omp atomic write
             failed = -1;
         }
-        for (int64_t first = mine.first; ready && first < mine.last; first += PANEL_ROWS) {
-            const int64_t rows = mine.last - first < PANEL_ROWS ? mine.last - first : PANEL_ROWS;
+        for (int64_t first = mine.first; ready && first < mine.last; first += height) {
+            const int64_t rows = mine.last - first < height ? mine.last - first : height;
             std::memset(sums.data, 0, p.m * PANEL_ROWS * sizeof(float));
             weights.load(id, first, rows);
             for (int64_t start = 0; start < width; start += depth) {
@@ -158,12 +182,8 @@ int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t st
                 for (int64_t r = 0; r < rows; r++)
                     weights.decode(id, first + r, r, start, count,
                                    panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * In::LANES);
-                for (int64_t m = 0; m < p.m; m += tile_inputs(p.m)) {
-                    const InTile at(m, p.m, width, In::LANES);
-                    for (int64_t r = 0; r < rows; r += TILE_ROWS)  // rows behind the last one are old ones, not used
-                        tiles<In>(at.stride, x + at.offset + start * at.stride, panel.data + r * depth,
-                                  count / In::LANES, sums.data + m * PANEL_ROWS + r);
-                }
+                const CodesAhead next(w, mine.last, height, {first, start}, width, depth, In::LANES);
+                multiply_panel<In>(x, p.m, width, start, count, panel.data, depth, rows, next, sums.data);
             }
             for (int64_t m = 0; m < p.m; m++)
                 for (int64_t r = 0; r < rows; r += 16)

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t GRADIENT_DEPTH = 256;    // rows of weights that are decoded together,
 constexpr int64_t GRADIENT_COLUMNS = 512;  // and columns of them
+constexpr int64_t MOST_GRADIENTS = 384;    // rows that are multiplied with a weight before it is decoded again
 constexpr int STRIP = 4;                   // vectors of 16 columns each that are multiplied together
 
 // The column of a chunk that a lane of a woven vector holds; two of them are made of each vector of a row.
@@ -181,7 +182,7 @@ template <class Codes>
 int gradient_in_blocks(const Problem &p) {
     if (!Scales<Codes>::fits(p.weight)) return 1;
     if (p.m == 0) return 0;
-    return in_blocks(p, p.weight.n, p.weight.k, [](const Problem &part) { return gradient_of<Codes>(part); });
+    return in_blocks(p, MOST_GRADIENTS, p.weight.n, p.weight.k, [](const Problem &part) { return gradient_of<Codes>(part); });
 }
 
 // Gradients in bfloat16 of a weight whose lanes have one scale each; 1 for others.

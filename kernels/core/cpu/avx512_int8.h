@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr int64_t SOON = 1024;  // bytes that a panel is asked for from the second-level cache
+
 // Sums of the lanes of four vectors of integers.
 inline __m128i add_int_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
     const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -28,9 +30,10 @@ inline __m512i dot_bytes(__m512i sums, __m512i bytes, __m512i signed_bytes) {
 // sums [T, 4], rows PANEL_ROWS apart, += the products of T rows of inputs, x [vectors, T, 64], with four rows of codes.
 // `codes(i, r)` gives vector i of row r.
 template <int T, class Codes>
-inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, int32_t *sums) {
+inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, Ahead ahead, int32_t *sums) {
     __m512i acc[T][TILE_ROWS] = {};
     for (int64_t i = 0; i < vectors; i++, x += T * 64) {
+        ahead.ask();
         const __m512i w0 = codes(i, 0), w1 = codes(i, 1), w2 = codes(i, 2), w3 = codes(i, 3);
 #pragma GCC unroll 6
         for (int t = 0; t < T; t++) {
@@ -49,10 +52,10 @@ inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, int32
 }
 
 template <class Codes>
-inline void int_tiles(int64_t inputs, const int8_t *x, int64_t vectors, const Codes &codes, int32_t *sums) {
+inline void int_tiles(int64_t inputs, const int8_t *x, int64_t vectors, const Codes &codes, Ahead ahead, int32_t *sums) {
     switch (inputs) {
 #define CASE(T) \
-    case T: return int_tile<T>(x, vectors, codes, sums);
+    case T: return int_tile<T>(x, vectors, codes, ahead, sums);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
     }
@@ -183,6 +186,39 @@ struct IntResults {
     }
 };
 
+// sums [m, PANEL_ROWS] += all inputs times `rows` rows of a panel over `count` columns from `start` on.
+inline void multiply_int_panel(const IntInput &in, int64_t m, int64_t start, int64_t count, const uint8_t *panel, int64_t depth,
+                               int64_t rows, CodesAhead codes, int32_t *sums) {
+    const int64_t size = tile_inputs(m), vectors = count / 64;
+    const auto tile_at = [&](int64_t row, int64_t column) {
+        const InTile at(row, m, in.width, 64);
+        return in.x.data + at.offset + column * at.stride;
+    };
+    for (int64_t first = 0; first < m; first += size) {
+        const int64_t together = m - first < size ? m - first : size, after = start + count < in.width ? start + count : 0;
+        InputsAhead inputs(first + size < m ? tile_at(first + size, start) : tile_at(0, after), together, vectors);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            const uint8_t *from = panel + r * depth;
+            const auto code = [&](int64_t i, int q) {
+                _mm_prefetch(reinterpret_cast<const char *>(from) + (i * TILE_ROWS + q) * 64 + SOON, _MM_HINT_T0);
+                return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64);
+            };
+            int_tiles(together, tile_at(first, start), vectors, code, {inputs.next(), codes.next()}, sums + first * PANEL_ROWS + r);
+        }
+    }
+}
+
+// sums [m, PANEL_ROWS] += the inputs of one tile times rows of codes, read where they are stored.
+template <int BITS>
+void multiply_codes(const IntInput &in, int64_t m, const IntPanel<BITS> &codes, int64_t first, int64_t rows, int32_t *sums) {
+    const Lines none = {reinterpret_cast<const char *>(in.x.data), 0};
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+        const int64_t last = rows - 1;  // rows behind it are not there: results of theirs are not used
+        const auto code = [&](int64_t i, int q) { return codes.load(first + (r + q < last ? r + q : last), i); };
+        int_tiles(m, in.x.data, in.width / 64, code, {none, none}, sums + r);
+    }
+}
+
 template <int BITS>
 int gemm_int(const Problem &p, const IntInput &in) {
     const hfq_weight &w = p.weight;
@@ -212,24 +248,11 @@ int gemm_int(const Problem &p, const IntInput &in) {
                     for (int64_t i = 0; i < vectors; i++)
                         _mm512_store_si512(to + i * TILE_ROWS * 64, codes.load(first + r, start / 64 + i));
                 }
-                for (int64_t m = 0; m < p.m; m += tile_inputs(p.m)) {
-                    const InTile at(m, p.m, in.width, 64);
-                    const int8_t *x = in.x.data + at.offset + start * at.stride;
-                    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                        int32_t *to = sums.data + m * PANEL_ROWS + r;
-                        const uint8_t *from = panel.data + r * depth;
-                        const int64_t last = rows - 1;  // rows behind it are not there: results of theirs are not used
-                        const auto row = [&](int q) { return first + (r + q < last ? r + q : last); };
-                        const auto copied = [&](int64_t i, int q) {
-                            _mm_prefetch(reinterpret_cast<const char *>(from) + (i * TILE_ROWS + q) * 64 + SOON, _MM_HINT_T0);
-                            return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64);
-                        };
-                        if (copy)
-                            int_tiles(at.stride, x, vectors, copied, to);
-                        else
-                            int_tiles(at.stride, x, vectors, [&](int64_t i, int q) { return codes.load(row(q), i); }, to);
-                    }
-                }
+                const CodesAhead next(w, mine.last, PANEL_ROWS, {first, start}, in.width, depth, 64);
+                if (copy)
+                    multiply_int_panel(in, p.m, start, count, panel.data, depth, rows, next, sums.data);
+                else
+                    multiply_codes(in, p.m, codes, first, rows, sums.data);
             }
             for (int64_t m = 0; m < p.m; m++) results.write(m, first, rows, sums.data + m * PANEL_ROWS);
         }

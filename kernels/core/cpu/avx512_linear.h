@@ -48,6 +48,7 @@ int linear_of(const Problem &p) {
 // `Many::run<Codes>(problem, levels)` multiplies more rows of bfloat16 inputs than `matvec` takes.
 template <class Many>
 int linear_with(const Problem &p) {
+    if (p.m == 0) return 0;
     switch (p.weight.bits) {
         case 2: return linear_of<Many, 2>(p);
         case 3: return linear_of<Many, 3>(p);

@@ -1,0 +1,79 @@
+// Memory that is read later, asked for line by line while something else is computed: the inputs of many rows lie in the
+// third-level cache or behind it, the codes of a weight in memory.
+#pragma once
+
+#include "common.h"
+
+#include <immintrin.h>
+#include <utility>
+
+namespace {
+
+struct Lines {
+    const char *at;
+    int64_t step;  // bytes; 0 for nothing more
+
+    void ask() {
+        _mm_prefetch(at, _MM_HINT_T1);
+        at += step;
+    }
+};
+
+// What a tile asks for, in each of its steps.
+struct Ahead {
+    Lines inputs, codes;
+
+    void ask() {
+        inputs.ask();
+        codes.ask();
+    }
+};
+
+// The next tile of inputs, in as many parts as it has rows; a part has a line for each of the `vectors` steps of a tile.
+class InputsAhead {
+  public:
+    InputsAhead(const void *from, int64_t rows, int64_t vectors)
+        : at(static_cast<const char *>(from)), left(rows), part(vectors * 64) {}
+
+    Lines next() {
+        if (left == 0) return {at, 0};
+        left--;
+        at += part;
+        return {at - part, 64};
+    }
+
+  private:
+    const char *at;
+    int64_t left;
+    const int64_t part;
+};
+
+// The codes of the next panel of a weight, a row after the other.
+class CodesAhead {
+  public:
+    // `now`: row and column where the panel starts that is multiplied; panels have `height` rows of those before `last`,
+    // and `depth` of `width` columns, `lanes` of them in a step.
+    CodesAhead(const hfq_weight &w, int64_t last, int64_t height, std::pair<int64_t, int64_t> now, int64_t width,
+               int64_t depth, int64_t lanes)
+        : row_bytes(w.row_bytes), step(lanes * w.bits / 8) {
+        int64_t row = now.first, column = now.second + depth;
+        if (column >= width) row += height, column = 0;
+        left = last - row < height ? last - row : height;
+        at = reinterpret_cast<const char *>(w.codes);
+        if (left > 0) at += row * row_bytes + column * w.bits / 8;
+    }
+
+    Lines next() {
+        if (left <= 0) return {at, 0};
+        left--;
+        at += row_bytes;
+        return {at - row_bytes, step};
+    }
+
+  private:
+    const int64_t row_bytes, step;
+    const char *at;
+    int64_t left;
+};
+
+}  // namespace
