@@ -79,20 +79,20 @@ class ExpertsView(torch.Tensor):
     @property
     def data(self) -> WeightView:
         """The values, which write back what is changed in them."""
-        self._handed_out = WeightView.of(self.dense(), self._write)
+        read, changes = self._read, self.changes  # a view that knew this one would be freed late
+        with torch._C.DisableTorchFunctionSubclass():
+            look = tuple(self.shape), self.dtype, self.device
+        self._handed_out = WeightView.of(*look, lambda: _dense(read(), changes), self._write)
         return self._handed_out
 
     @data.setter
     def data(self, values: Tensor) -> None:
         if values is not self._handed_out:  # `+=` assigns what it has changed in place, which is written already
-            self._write(values._plain() if isinstance(values, WeightView) else values)
+            self._write(values.dense() if isinstance(values, WeightView) else values)
 
     def dense(self) -> Tensor:
         """The values [E, A, B] with all changes."""
-        values = self._read()
-        for change in self.changes:
-            values = values + change.dense().to(values.dtype)
-        return values
+        return _dense(self._read(), self.changes)
 
     def changed(self, change: LowRank | Added) -> ExpertsView:
         """This weight with one more change."""
@@ -124,6 +124,12 @@ class ExpertsView(torch.Tensor):
         if _sets_itself(func, args):
             return args[0]
         return func(*(_plain(arg) for arg in args), **(kwargs or {}))
+
+
+def _dense(values: Tensor, changes: tuple[LowRank | Added, ...]) -> Tensor:
+    for change in changes:
+        values = values + change.dense().to(values.dtype)
+    return values
 
 
 _LOOK = ("__get__", "__set__", "requires_grad_", "size", "dim", "numel", "is_floating_point", "is_complex")

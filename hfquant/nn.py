@@ -67,11 +67,18 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [N, K] in the model's dtype, dequantized and detached."""
+        """The weight [N, K] in the model's dtype, detached, and dequantized when its numbers are first needed.
+
+        Compiled code gets a copy of the values, of which it computes what it uses; what it writes there is lost.
+        """
         waiting = self._parameters.get("weight")
         if waiting is not None:  # full-precision placeholder of a model that is still being loaded
             return waiting
-        return WeightView.of(ops.dequantize(self.packed(), self.key, self.dtype), self.write)
+        packed, key, dtype = self.packed(), self.key, self.dtype
+        if torch.compiler.is_compiling():
+            return ops.dequantize(packed, key, dtype)
+        now = [tensor.detach() for tensor in packed]  # `put` and moves give the parameters other data
+        return WeightView.of(self.spec.shape, dtype, now[0].device, lambda: ops.dequantize(now, key, dtype), self.write)
 
     @weight.setter
     def weight(self, values: Tensor) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hfquant
 from hfquant import HfQuantConfig
@@ -316,7 +317,36 @@ def in_float64(model: Any) -> Any:
     """A copy with dequantized weights, whose arithmetic adds nothing to what is compared."""
     twin = copy.deepcopy(model)
     swap_out(twin, torch.float64)
+    for name, norm in list(twin.named_modules()):
+        if isinstance(norm, LlamaRMSNorm):  # which computes in float32 whatever it is given
+            exact = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+            exact.weight = norm.weight
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, exact)
     return twin.double()
+
+
+def held_out(start: int, rows: int = 4) -> Tensor:
+    """Token ids [rows, 32] of held-out text."""
+    ids = AutoTokenizer.from_pretrained(TRAINED)((MODELS / "heldout.txt").read_text()[:1000])["input_ids"]
+    return torch.tensor(ids[start : start + 32 * rows]).view(rows, 32)
+
+
+def trained(base: nn.Module, batches: list[Tensor], seed: int = 0, rank: int = 4) -> PeftModel:
+    """Adapters in all layers of `base`, trained for a step with each of `batches` at a high rate."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    assert len(tie_groups(tuned)) == 28
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=5e-3)
+    for text in batches:
+        tuned(text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tuned.eval()
+
+
+def rms(change: Tensor) -> float:
+    return float(change.double().square().mean().sqrt())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -329,21 +359,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_model_is_tuned_saved_merged_and_loaded_again(kind: str, tmp_path: Path) -> None:
     """Merging moves logits by less than 1e-5, found in float64, and in float32 by no more than another kernel does."""
-    ids = AutoTokenizer.from_pretrained(TRAINED)((MODELS / "heldout.txt").read_text()[:400])["input_ids"]
-    text = torch.tensor(ids[:128]).view(4, 32)
+    text = held_out(0)
     options = OPTIONS[kind]
     config = HfQuantConfig("int4", **options)
     base = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32, quantization_config=config)
     untouched = copy.deepcopy(base)
-    torch.manual_seed(0)
-    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    assert len(tie_groups(tuned)) == 28
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(3):
-        tuned(text, labels=text).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tuned.eval().save_pretrained(tmp_path / "adapter")
+    tuned = trained(base, [text] * 3)
+    tuned.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         learned, start = tuned(text).logits, untouched(text).logits
         assert float((learned - start).norm() / start.norm()) > 0.03
@@ -371,3 +393,26 @@ def test_a_model_is_tuned_saved_merged_and_loaded_again(kind: str, tmp_path: Pat
     for (name, here), (_, there) in zip(packed_modules(merged), packed_modules(half), strict=True):
         assert here.spec == there.spec and here.spec.scheme.weight.zero == "float32", name
         assert all(torch.equal(a, b) for a, b in zip(here.packed(), there.packed(), strict=True)), name
+
+
+@pytest.mark.parametrize(("kind", "seed", "rank"), [(kind, 1 + i, 4 << i) for i, kind in enumerate(OPTIONS)])
+def test_merging_is_exacter_than_merging_into_float32_weights(kind: str, seed: int, rank: int) -> None:
+    """By PEFT, into the same weights dequantized, where all that moves logits is the rounding of float32, too."""
+    config = HfQuantConfig("int4", **OPTIONS[kind])
+    base = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32, quantization_config=config)
+    text = held_out(0)
+    with torch.no_grad():
+        start = base(text).logits
+    tuned = trained(base, [held_out(128 + 32 * step) for step in range(3)], seed, rank)
+    dense = copy.deepcopy(tuned)
+    swap_out(dense, torch.float32)
+    with torch.no_grad():
+        learned, exact, usual = tuned(text).logits, in_float64(tuned)(text).logits, dense(text).logits
+        merged = merge_exact(tuned)
+        off, moved = merged(text).logits - learned, in_float64(merged)(text).logits - exact
+        usual_off = dense.merge_and_unload()(text).logits - usual
+    figures = [float(change.abs().max()) for change in (learned - start, moved, off, usual_off)]
+    print("learned {:.2f}, moved by {:.2g}, in float32 {:.2g}, by PEFT {:.2g};".format(*figures), end=" ")
+    print(f"root mean squares {rms(moved):.2g}, {rms(off):.2g}, {rms(usual_off):.2g}")
+    assert figures[0] > 1
+    assert figures[1] <= 1e-5 and rms(off) < rms(usual_off)
