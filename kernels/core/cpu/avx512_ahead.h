@@ -5,7 +5,6 @@
 #include "common.h"
 
 #include <immintrin.h>
-#include <utility>
 
 namespace {
 
@@ -51,15 +50,10 @@ class InputsAhead {
 // The codes of the next panel of a weight, a row after the other.
 class CodesAhead {
   public:
-    // `now`: row and column where the panel starts that is multiplied; panels have `height` rows of those before `last`,
-    // and `depth` of `width` columns, `lanes` of them in a step.
-    CodesAhead(const hfq_weight &w, int64_t last, int64_t height, std::pair<int64_t, int64_t> now, int64_t width,
-               int64_t depth, int64_t lanes)
-        : row_bytes(w.row_bytes), step(lanes * w.bits / 8) {
-        int64_t row = now.first, column = now.second + depth;
-        if (column >= width) row += height, column = 0;
-        left = last - row < height ? last - row : height;
-        at = reinterpret_cast<const char *>(w.codes);
+    // `rows` rows from `row` on, if there are so many, from a column on; `step`: bytes of each for a step of a tile.
+    CodesAhead(const hfq_weight &w, int64_t row, int64_t rows, int64_t column, int64_t step)
+        : row_bytes(w.row_bytes), step(step), at(reinterpret_cast<const char *>(w.codes)),
+          left(w.n - row < rows ? w.n - row : rows) {
         if (left > 0) at += row * row_bytes + column * w.bits / 8;
     }
 
@@ -75,5 +69,13 @@ class CodesAhead {
     const char *at;
     int64_t left;
 };
+
+// The same for a panel behind that of `depth` columns from `start` on, of `height` rows from `row` on: its next columns,
+// or the first ones of the next rows. A step of a tile has `lanes` of `width` columns.
+inline CodesAhead panel_behind(const hfq_weight &w, int64_t row, int64_t height, int64_t start, int64_t depth, int64_t width,
+                               int64_t lanes) {
+    const bool down = start + depth >= width;
+    return {w, down ? row + height : row, height, down ? 0 : start + depth, lanes * w.bits / 8};
+}
 
 }  // namespace

@@ -182,7 +182,7 @@ int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t st
                 for (int64_t r = 0; r < rows; r++)
                     weights.decode(id, first + r, r, start, count,
                                    panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * In::LANES);
-                const CodesAhead next(w, mine.last, height, {first, start}, width, depth, In::LANES);
+                const CodesAhead next = panel_behind(w, first, height, start, depth, width, In::LANES);
                 multiply_panel<In>(x, p.m, width, start, count, panel.data, depth, rows, next, sums.data);
             }
             for (int64_t m = 0; m < p.m; m++)

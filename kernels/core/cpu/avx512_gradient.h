@@ -32,7 +32,7 @@ struct Woven {
 // sums [T, STRIP, 16] += T rows of gradients times a strip. Of both, pairs with the same rows of weights lie together:
 // grad [pairs, T], w [pairs, STRIP, 16].
 template <int T>
-inline void gradient_tile(const uint32_t *grad, const bf16 *w, int64_t pairs, float *sums) {
+inline void gradient_tile(const uint32_t *grad, const bf16 *w, int64_t pairs, Ahead ahead, float *sums) {
     __m512 acc[T][STRIP];
     for (int t = 0; t < T; t++)
         for (int v = 0; v < STRIP; v++) {
@@ -40,6 +40,7 @@ inline void gradient_tile(const uint32_t *grad, const bf16 *w, int64_t pairs, fl
             _mm_prefetch(reinterpret_cast<const char *>(sums + (t * STRIP + v) * 16), _MM_HINT_T0);
         }
     for (int64_t i = 0; i < pairs; i++, grad += T, w += 32 * STRIP) {
+        ahead.ask();
         InBf16::Vector weights[STRIP];
         for (int v = 0; v < STRIP; v++) weights[v] = InBf16::load(w + 32 * v);
         for (int t = 0; t < T; t++) {
@@ -51,10 +52,10 @@ inline void gradient_tile(const uint32_t *grad, const bf16 *w, int64_t pairs, fl
         for (int v = 0; v < STRIP; v++, sums += 16) _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), acc[t][v]));
 }
 
-inline void gradient_tiles(int64_t rows, const uint32_t *grad, const bf16 *w, int64_t pairs, float *sums) {
+inline void gradient_tiles(int64_t rows, const uint32_t *grad, const bf16 *w, int64_t pairs, Ahead ahead, float *sums) {
     switch (rows) {
 #define CASE(T) \
-    case T: return gradient_tile<T>(grad, w, pairs, sums);
+    case T: return gradient_tile<T>(grad, w, pairs, ahead, sums);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
     }
@@ -86,11 +87,13 @@ class GradientPart {
         for (int64_t n = 0; n < w.n; n += GRADIENT_DEPTH) {
             const int64_t depth = w.n - n < GRADIENT_DEPTH ? w.n - n : GRADIENT_DEPTH, deep = ceil_div(depth, 2);
             weave(n, depth, start, count);
+            CodesAhead codes(w, n + GRADIENT_DEPTH, GRADIENT_DEPTH, start, ceil_div(count * w.bits, 8 * deep));
             for (int64_t column = 0; column < count; column += 16 * STRIP)
                 for (int64_t m = first; m < last; m += size) {
-                    const int64_t together = last - m < size ? last - m : size;
+                    const int64_t together = last - m < size ? last - m : size, next = m + size < last ? m + size : first;
+                    const Lines soon = {reinterpret_cast<const char *>(grad + next * pairs + n / 2 * together), 4 * together};
                     gradient_tiles(together, grad + m * pairs + n / 2 * together, panel.data + column * GRADIENT_DEPTH, deep,
-                                   sums.data + column * p.m + m * 16 * STRIP);
+                                   {soon, codes.next()}, sums.data + column * p.m + m * 16 * STRIP);
                 }
         }
         for (int64_t m = first; m < last; m++) write(m, start, count);

@@ -248,7 +248,7 @@ int gemm_int(const Problem &p, const IntInput &in) {
                     for (int64_t i = 0; i < vectors; i++)
                         _mm512_store_si512(to + i * TILE_ROWS * 64, codes.load(first + r, start / 64 + i));
                 }
-                const CodesAhead next(w, mine.last, PANEL_ROWS, {first, start}, in.width, depth, 64);
+                const CodesAhead next = panel_behind(w, first, PANEL_ROWS, start, depth, in.width, 64);
                 if (copy)
                     multiply_int_panel(in, p.m, start, count, panel.data, depth, rows, next, sums.data);
                 else
