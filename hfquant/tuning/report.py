@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnsupportedError
+from ..optional_packages import figure_class
 from ..report import strict_json
 from .stages import Stage
 
@@ -56,8 +57,8 @@ class TuningReport:
 def draw(losses: Sequence[dict[str, float]], stages: Sequence[Stage], file: Path) -> bool:
     """Draw the loss of the training, with that of the stages on held-out text as lines; False without matplotlib."""
     try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
-    except ImportError:
+        figure = figure_class()(figsize=(8, 4.5), layout="constrained")
+    except UnsupportedError:
         return False
     axes = figure.subplots()
     axes.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], label="training")
