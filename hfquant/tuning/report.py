@@ -22,9 +22,9 @@ class TuningReport:
 
     `recipe`: name and SHA-256 of its file; `changes`: what was given in place of its entries. `quantization`: the
     report of the quantized model that `out` holds. `adapter`: trained parameters, None for none. `training`: facts
-    about it; `losses` by step. `stages`: the model measured on text that it was not trained on. `initialized`: what
-    each layer's adapter made up for at first. `seconds` of each part. `curve`: the file with the loss curve. `pushed`:
-    address on the Hub.
+    about it, such as who trained; `losses` by step. `stages`: the model measured on text that it was not trained on.
+    `initialized`: what each layer's adapter made up for at first. `seconds` of each part. `curve`: the file with the
+    loss curve. `pushed`: address on the Hub.
     """
 
     recipe: dict[str, str]
