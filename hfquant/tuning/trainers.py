@@ -17,13 +17,17 @@ from .. import processes
 from ..config import HfQuantConfig
 from ..coverage import survey
 from ..distill import DistillationTrainer
-from ..errors import SpecError
-from ..optional_packages import is_installed
+from ..errors import SpecError, UnsupportedError
+from ..eval.perplexity import evaluating
+from ..optional_packages import installed_version
 from ..recipe_file import RecipeFile
 from ..source import empty_model
 
 OLDEST = "1.0"
 """Of TRL; older versions have other arguments."""
+
+_TRIED = 64  # tokens: logits of more can be large
+_TOLERANCE = 0.01  # bfloat16 has steps of 0.4 %
 
 SFT, PLAIN, DISTILL = "trl.SFTTrainer", "transformers.Trainer", "hfquant.distill.DistillationTrainer"
 
@@ -50,11 +54,12 @@ def choose(recipe: RecipeFile, config: HfQuantConfig | None, model_config: Any, 
     if work.train.trainer == "transformers":
         return choice
     reason = _why_not(recipe, config, model_config, device)
-    if reason is None:
-        return Choice(SFT, version("trl"))
+    found = installed_version("trl")
+    if reason is None and found is not None:
+        return Choice(SFT, found)
     if work.train.trainer == "trl":
         raise SpecError(f"{recipe.at('train', 'trainer')}: trainer: trl, and {reason}; or write trainer: transformers")
-    expected = work.qat is not None or not is_installed("trl")
+    expected = work.qat is not None or found is None
     return choice if expected else Choice(choice.name, choice.version, reason)
 
 
@@ -62,10 +67,11 @@ def _why_not(recipe: RecipeFile, config: HfQuantConfig | None, model_config: Any
     """Why TRL's trainer cannot carry out a recipe, or None."""
     if recipe.workflow.qat is not None:
         return "'qat' trains towards the original's predictions or through rounding, with trainers of its own"
-    if not is_installed("trl"):
+    found = installed_version("trl")
+    if found is None:
         return 'TRL is not installed: pip install "hfquant[trl]"'
-    if Version(version("trl")) < Version(OLDEST):
-        return f'TRL {version("trl")} is older than {OLDEST}: pip install "hfquant[trl]"'
+    if Version(found) < Version(OLDEST):
+        return f'TRL {found} is older than {OLDEST}: pip install "hfquant[trl]"'
     try:
         from trl import SFTConfig, SFTTrainer  # noqa: F401 - an incompatible version is better found now than later
     except Exception as error:  # it patches and imports other libraries
@@ -142,7 +148,26 @@ def _sft(
         processing_class=PreTrainedTokenizerBase(),  # asked for, and without work: the samples are tokens
     )
     made.processing_class = None  # or its special tokens, none, would become the model's
+    _check_loss(made, model, max(rows, key=lambda row: int(row["attention_mask"].sum())))
     return made
+
+
+def _check_loss(made: Any, model: Any, row: dict[str, Tensor]) -> None:
+    """Raise UnsupportedError if a trainer that does without logits takes another loss than the model, at a few tokens.
+
+    A model may do more with its last hidden state than its configuration tells.
+    """
+    ids = row["input_ids"][row["attention_mask"].bool()][None, :_TRIED].to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if ids.shape[1] < 2:
+        return
+    with evaluating(model):
+        own, theirs = float(model(**inputs).loss), float(made.compute_loss(model, dict(inputs)))
+    if not abs(own - theirs) <= _TOLERANCE * abs(own) + _TOLERANCE:
+        raise UnsupportedError(
+            f"TRL's SFTTrainer takes a loss of {theirs:.4f} where {type(model.get_base_model()).__name__} itself gives "
+            f"{own:.4f}: it leaves out what the model does with its logits. Write trainer: transformers"
+        )
 
 
 def _kept(config: Any) -> dict[str, Any]:

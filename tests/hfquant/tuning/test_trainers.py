@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import hfquant
 from hfquant.conversations import MASK
-from hfquant.errors import SpecError
+from hfquant.errors import SpecError, UnsupportedError
 from hfquant.locks import LOCK_NAME
+from hfquant.optional_packages import installed_version, is_installed
 from hfquant.testing.tiny import tiny_model
 from hfquant.tuning import trainers
 from hfquant.tuning.forecast import forecast
@@ -162,7 +163,7 @@ def test_without_trl_transformers_trains_and_a_recipe_that_asks_for_it_is_refuse
 ):
     assert chosen(recipe, bare, text).name == SFT
     assert chosen(recipe, bare, text, trainer="transformers").name == PLAIN
-    monkeypatch.setattr(trainers, "is_installed", lambda package: package != "trl")
+    monkeypatch.setattr(trainers, "installed_version", lambda package: None)
     found = chosen(recipe, bare, text)
     assert found.name == PLAIN and found.because is None
     told = forecast(recipe(), bare, None, data=text).lines()
@@ -195,7 +196,7 @@ def test_what_trl_cannot_do_is_said(recipe, bare, text, monkeypatch):
     found = trainers.choose(read.recipe, read.config, read.model_config, torch.device("cuda"))
     assert found is not None and found.name == PLAIN and "one GPU of a process" in found.because
     assert trainers.choose(read.recipe, read.config, read.model_config, torch.device("cpu")).name == SFT
-    monkeypatch.setattr(trainers, "version", lambda package: "0.29.1")
+    monkeypatch.setattr(trainers, "installed_version", lambda package: "0.29.1")
     found = trainers.choose(read.recipe, read.config, read.model_config, torch.device("cpu"))
     assert found is not None and found.name == PLAIN and "TRL 0.29.1 is older than 1.0" in found.because
 
@@ -239,6 +240,36 @@ def test_the_loss_is_the_same_on_other_models_which_stay_as_they_are(kind, tmp_p
         losses[name] = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
         assert model.config.to_dict() == before and "forward" not in vars(model.get_base_model())
     assert losses[SFT] == pytest.approx(losses[PLAIN], rel=1e-5) and len(losses[SFT]) == 3
+
+
+class Loud(torch.nn.Linear):
+    """An output layer that does more than its weight tells."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def test_a_model_whose_loss_trl_does_not_know_is_refused(tmp_path):
+    """It would train towards something else."""
+    model = tiny_model("llama")
+    head = Loud(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = torch.arange(3, 15)
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    given = {"max_steps": 1, "use_cpu": True, "report_to": [], "output_dir": str(tmp_path)}
+    with as_it_was(model), pytest.raises(UnsupportedError, match=r"LlamaForCausalLM itself gives .*transformers"):
+        build(SFT, model, given, rows, collate, [])
+    with as_it_was(model):
+        build(PLAIN, model, given, rows, collate, [])
+
+
+def test_a_folder_that_is_called_like_a_package_is_none(tmp_path, monkeypatch):
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_installed("no_such_package") and installed_version("no_such_package") is None
+    assert installed_version("torch") == torch.__version__ and installed_version("no_such_other") is None
 
 
 # ---- one run at a time
