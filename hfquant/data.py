@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from .inputs import Batch, check_inputs, check_length, check_tokens, check_vocab
 from .selftext import check_writes, self_text
 from .source import model_class
 from .texts import DATASET, Text, datasets_package, is_chat, names_a_file, read_dataset, read_file
-from .tokens import check_template, encode, frame_of, load_tokenizer, packed, padded, unpacked
+from .tokens import Frame, check_template, encode, frame_of, load_tokenizer, packed, padded, unpacked
 
 logger = logging.get_logger(__name__)
 
 SELF = "self"
-_TEXT = ("dataset", "file", "texts", "chats")
+TEXT = ("dataset", "file", "texts", "chats")
+"""Kinds of data that a tokenizer reads."""
+
 _ENOUGH = 4  # of a dataset, so many times the tokens needed are read, for the seed to choose from
 _FORMS = (
     "a dataset name, a text file, a list of texts, of conversations, of token tensors or of dicts of model inputs, "
@@ -68,9 +70,9 @@ class CalibrationData:
             return {"data": None}
         kind = kind_of(self.data)
         out: dict[str, Any] = {"data": _name(kind, self.data), "seed": self.seed}
-        if kind in (*_TEXT, SELF):
+        if kind in (*TEXT, SELF):
             out["length"] = self.length
-        if kind in _TEXT:
+        if kind in TEXT:
             out["packing"] = self.packing
         if kind == "dataset":
             out["split"] = self.split
@@ -154,7 +156,7 @@ def _name(kind: str, data: Any) -> str:
 def tokenizer_for(calibration: CalibrationData, src: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of the model `src` if the data needs one, or "self" can have one, else None."""
     kind = kind_of(calibration.data)
-    if kind in _TEXT:
+    if kind in TEXT:
         return load_tokenizer(src, revision)
     try:
         return load_tokenizer(src, revision) if kind == SELF else None
@@ -190,7 +192,7 @@ def check(calibration: CalibrationData, tokenizer: Any, config: Any) -> None:
             datasets_package(data)
         if kind == "chats":
             check_template(tokenizer)
-    if kind in (*_TEXT, SELF):
+    if kind in (*TEXT, SELF):
         check_length(calibration.length, f"length={calibration.length}", text_config)
 
 
@@ -238,16 +240,28 @@ def _samples(calibration: CalibrationData, tokenizer: Any, config: Any, model: A
         )
         return list(self_text(model, c.samples, c.length, c.seed, c.batch_size, **known))
     frame = frame_of(tokenizer)
-    documents = encode(_texts(c, kind), tokenizer, frame)
-    enough = {"enough": _ENOUGH} if kind == "dataset" else {}
-    rows = list((packed if c.packing else unpacked)(documents, frame, c.length, c.samples, generator, **enough))
-    if not rows:
-        raise CalibrationError(f"the calibration data ({_name(kind, c.data)}) holds no text: every item is empty")
+    rows = windows(c, encode(texts_of(c), tokenizer, frame), frame)
     check_vocabulary(torch.cat(rows), "the tokenizer's output", config.get_text_config())
     return rows
 
 
-def _texts(calibration: CalibrationData, kind: str) -> Iterator[Text]:
+def windows(calibration: CalibrationData, documents: Iterable[Sequence[int]], frame: Frame) -> list[Tensor]:
+    """Samples [<= length] of integers cut from documents, as the seed says. Raises CalibrationError if there are none.
+
+    Whatever the numbers of a document are, they are taken and moved as they are.
+    """
+    c, kind = calibration, kind_of(calibration.data)
+    generator = torch.Generator().manual_seed(c.seed)
+    enough = {"enough": _ENOUGH} if kind == "dataset" else {}
+    rows = list((packed if c.packing else unpacked)(documents, frame, c.length, c.samples, generator, **enough))
+    if not rows:
+        raise CalibrationError(f"the calibration data ({_name(kind, c.data)}) holds no text: every item is empty")
+    return rows
+
+
+def texts_of(calibration: CalibrationData) -> Iterator[Text]:
+    """The texts or conversations of data that is text, one after the other. Raises CalibrationError."""
+    kind = kind_of(calibration.data)
     if kind == "file":
         return read_file(Path(calibration.data), calibration.column)
     if kind == "dataset":

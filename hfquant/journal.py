@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import FormatError, SpecError
+from .locks import LOCK_NAME, locked
 
 JOURNAL_NAME = "journal.jsonl"
-LOCK_NAME = ".lock"
 
 
 class Journal:
@@ -30,7 +30,7 @@ class Journal:
         self.folder, self.path = folder, folder / JOURNAL_NAME
         self.records: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         try:
             lines = _complete_lines(self.path) if resume else []
             if lines:
@@ -110,21 +110,6 @@ def _clear(folder: Path) -> None:
     for file in folder.iterdir():
         if file.name != LOCK_NAME:
             file.unlink()
-
-
-def _locked(folder: Path) -> TextIO:
-    """A lock that goes with the process, however it ends."""
-    file = open(folder / LOCK_NAME, "w")  # noqa: SIM115 - it is held open
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise SpecError(f"another process is writing to {folder}: wait for it, or name another output") from error
-    return file
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

@@ -74,19 +74,27 @@ class QatSection(_Section):
 
 
 class TrainSection(_Section):
-    """`train`: transformers' Trainer.
+    """`train`: TRL's SFTTrainer or transformers' Trainer.
 
     `data`: a text file, .json or .jsonl, a dataset, or "self" for text that the model writes; None for `--data`.
-    `samples` windows of `length` tokens. `steps`: None for `epochs` over the data. `batch_size` is of one process and
-    one step, `accumulate` steps make an update. `schedule` is one of transformers' schedulers. `optimizer`:
-    "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes is installed
-    and "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32, and so are weights under `qat`, where
-    it is that of the arithmetic.
+    `column`, `split`: of a dataset or JSON file. `samples` windows of `length` tokens; `packing`: texts one after the
+    other, without it each gives one sample, cut at `length`. `assistant_only_loss`: of conversations only what the
+    assistant says is learned; None does so wherever the data are conversations. `trainer`: "auto" is TRL's where it is
+    installed and can train the model; the losses are the same. `steps`: None for `epochs` over the data. `batch_size`
+    is of one process and one step, `accumulate` steps make an update. `schedule` is one of transformers' schedulers.
+    `optimizer`: "adamw_8bit" and "paged_adamw_8bit" need bitsandbytes, "auto" is the latter on a GPU where bitsandbytes
+    is installed and "adamw" elsewhere. `dtype`: of the model; adapters are trained in float32, and so are weights under
+    `qat`, where it is that of the arithmetic.
     """
 
     data: StrictStr | None = None
     samples: Annotated[Whole, Field(ge=1)] = 4096
     length: Annotated[Whole, Field(ge=2)] = 512
+    column: StrictStr | None = None
+    split: StrictStr = "train"
+    packing: Switch = True
+    assistant_only_loss: Switch | None = None
+    trainer: Literal["auto", "trl", "transformers"] = "auto"
     steps: Annotated[Whole, Field(ge=1)] | None = None
     epochs: Annotated[Number, Field(gt=0)] = 1.0
     batch_size: Annotated[Whole, Field(ge=1)] = 8

@@ -21,6 +21,7 @@ DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 _FILES = (".txt", ".json", ".jsonl", ".md", ".text", ".csv", ".parquet", ".gz", ".zst")
 _COLUMN = "text"  # what nearly every corpus calls it
+_CHATS = "messages"  # what nearly every data set of conversations calls them
 
 
 def names_a_file(name: str) -> bool:
@@ -120,6 +121,8 @@ def _only_column(row: Mapping[str, Any], where: str) -> str:
     found = [name for name, value in row.items() if isinstance(value, str) or is_chat(value)]
     if _COLUMN in found:
         return _COLUMN
+    if _CHATS in found and is_chat(row[_CHATS]):
+        return _CHATS
     if len(found) == 1:
         return found[0]
     what = "several columns" if found else "no column"

@@ -17,7 +17,18 @@ CORE = sorted((ROOT / "hfquant").rglob("*.py"))
 SOURCES = [*CORE, *sorted(ROOT.glob("plugins/*/hfquant_*/**/*.py"))]
 MAX_LINES = 300
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-HEAVY = {"accelerate", "bitsandbytes", "compressed_tensors", "datasets", "peft", "rich", "triton", "typer"}
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "compressed_tensors",
+    "datasets",
+    "pandas",
+    "peft",
+    "rich",
+    "triton",
+    "trl",
+    "typer",
+}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

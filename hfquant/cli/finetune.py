@@ -79,9 +79,11 @@ def _show(report: Any) -> None:
         out.print(f"adapters with {report.adapter['parameters']:,} parameters, {report.adapter['mb']:.2f} MB")
     if report.training is not None:
         facts = report.training
+        learned = f", {facts['loss_tokens']:,} of them the assistant's" if facts["assistant_only_loss"] else ""
         out.print(
-            f"{facts['steps']} steps with {facts['optimizer']}, {facts['tokens']:,} tokens; the loss went from "
-            f"{facts['first_loss']:.3f} to {facts['last_loss']:.3f}"
+            f"{facts['steps']} steps with {facts['optimizer']} in {facts['trainer']}, {facts['tokens']:,} tokens"
+            f"{learned}; the loss went from {facts['first_loss']:.3f} to {facts['last_loss']:.3f}",
+            soft_wrap=True,
         )
     if report.stages:
         out.print()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError
 from ..findings import worst_first
 from ..inspection import Inspection
+from ..optional_packages import figure_class
 from .findings import short
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -21,15 +20,7 @@ def check_plot(file: Path) -> None:
         raise SpecError(f"--plot {file}: name a file that ends with {', '.join(FORMATS)}")
     if not file.absolute().parent.is_dir():
         raise SpecError(f"--plot {file}: there is no folder {file.absolute().parent}")
-    _figure_class()
-
-
-def _figure_class() -> Any:
-    """matplotlib's figure, which needs no window. Raises UnsupportedError if it is not installed."""
-    try:
-        return importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise UnsupportedError(f'plots need matplotlib ({error}): pip install "hfquant[plot]"') from error
+    figure_class()
 
 
 def plot_findings(found: Inspection, file: Path, title: str) -> None:
@@ -41,7 +32,7 @@ def plot_findings(found: Inspection, file: Path, title: str) -> None:
         raise SpecError(f"--plot: there is no report of a calibrated quantization beside {title}, so nothing to draw")
     blocks = [block.error for block in found.blocks if block.error is not None]
     layers = worst_first(layer for block in found.blocks for layer in block.layers if layer.error is not None)[:_MOST]
-    figure = _figure_class()(figsize=(10, 4 + 0.18 * len(layers)), layout="constrained")
+    figure = figure_class()(figsize=(10, 4 + 0.18 * len(layers)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, max(3.0, 0.18 * len(layers))])
     above.plot(range(len(blocks)), [100 * error for error in blocks], marker="o")
     above.set_title(f"{title}: {found.method}")

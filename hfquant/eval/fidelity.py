@@ -38,7 +38,7 @@ class Fidelity:
     ppl: float
     ppl_ref: float
     dppl_ci: Interval  # of ppl - ppl_ref, paired
-    tokens: int  # predictions: every token of a sequence but its first
+    tokens: int  # predictions: every token of a sequence but its first, or those that count
     sequences: int
 
 
@@ -68,8 +68,11 @@ class Reference:
         batches: Sequence[Tensor],
         cache: bool | None = None,
         forward: Forward = causal_logits,
+        counted: Sequence[Tensor] | None = None,
     ) -> None:
         """Run `model`, and keep its logits as they come (exact, [B, L-1, V] on the CPU) or the model itself.
+
+        `counted` [B, L-1] bool: which predictions count, of tokens 1 to L-1 of each batch; None for all.
 
         `cache=None` keeps logits up to `CACHE_LIMIT` bytes; beyond that, or with `False`, every comparison
         runs the reference again, so it must stay loaded and unquantized. Raises `SpecError` for batches that
@@ -79,6 +82,7 @@ class Reference:
         check_vocabulary(model, batches)
         self.batches = list(batches)
         self.name = type(model).__name__
+        self._counted = None if counted is None else list(counted)
         self._forward = forward
         self._model: nn.Module | None = model
         self._logits: list[Tensor] = []
@@ -109,7 +113,7 @@ class Reference:
         reference = self._logits[index] if self.cached else self._run(index)
         logits = next_token_logits(model, batch, forward)
         names = f"{self.name} (reference), batch {index}", f"{type(model).__name__}, batch {index}"
-        return _measure(reference, logits, batch, names)
+        return _measure(reference, logits, batch, names, None if self._counted is None else self._counted[index])
 
     def _fill(self, unlimited: bool) -> None:
         """Cache logits, unless the first batch shows that all of them would exceed the limit."""
@@ -129,8 +133,8 @@ class Reference:
             return next_token_logits(self._model, self.batches[index], self._forward)
 
 
-def _measure(reference: Tensor, logits: Tensor, batch: Tensor, names: tuple[str, str]) -> _Sums:
-    """Sums per sequence over two models' logits [B, L-1, V] for `batch` [B, L]."""
+def _measure(reference: Tensor, logits: Tensor, batch: Tensor, names: tuple[str, str], counted: Tensor | None) -> _Sums:
+    """Sums per sequence over two models' logits [B, L-1, V] for `batch` [B, L], where `counted` [B, L-1] is True."""
     if reference.shape != logits.shape:
         raise SpecError(
             f"{names[1]}: logits of shape {tuple(logits.shape)}; {names[0]}: {tuple(reference.shape)}; "
@@ -145,8 +149,9 @@ def _measure(reference: Tensor, logits: Tensor, batch: Tensor, names: tuple[str,
         strict=True,
     )
     tokens = torch.cat([_measure_tokens(p.to(q.device), q, y, names) for p, q, y in pieces], dim=1)
-    kl, agree, nll, nll_ref = tokens.view(4, *targets.shape).sum(2).double().cpu()
-    return _Sums(kl, agree, nll, nll_ref, torch.full_like(kl, targets.shape[1]))
+    counts = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted.to(targets.device)
+    kl, agree, nll, nll_ref = tokens.view(4, *targets.shape).where(counts, 0.0).sum(2).double().cpu()
+    return _Sums(kl, agree, nll, nll_ref, counts.sum(1).cpu().double())
 
 
 def _measure_tokens(reference: Tensor, logits: Tensor, targets: Tensor, names: tuple[str, str]) -> Tensor:

@@ -29,7 +29,8 @@ def finetune(
 ) -> TuningReport:
     """Carry out a recipe file on the model `model` (a folder or a Hub repository) and write the result to `out`.
 
-    `data`: what to train on, and to calibrate on if the recipe names nothing else; forms as in `HfQuantConfig`.
+    `data`: what to train on, and to calibrate on if the recipe names nothing else; forms as in `HfQuantConfig`. Of
+    conversations it learns what the assistant says, unless the recipe asks for all.
     `eval_data`: a text file to measure on; by default a part of `data` is kept back. `max_steps`, `seed`: in place of
     what the recipe says. `push`: a repository on the Hub to upload the result to, `private` or not. `device`: by
     default a GPU if there is one. `tick(what, share)` is called as the work goes on.

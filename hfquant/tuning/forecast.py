@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import processes
+from ..conversations import MASK
 from ..data import kind_of
 from ..preview import preview
 from ..source import empty_model
@@ -21,6 +22,8 @@ class Forecast:
     """What is known beforehand. `quantization`: the preview of `hfquant quantize --dry-run`, None for none.
 
     `adapter`: parameters that are going to be trained. `steps`: updates of one process. `samples`: to train on.
+    `assistant_only_loss`: whether only what the assistant says is learned. `trainer`: who trains, and its version;
+    `because`: why not TRL's SFTTrainer, though TRL is installed.
     """
 
     recipe: dict[str, str]
@@ -32,6 +35,9 @@ class Forecast:
     samples: int | None
     steps: int | None
     optimizer: str | None
+    assistant_only_loss: bool | None
+    trainer: str | None
+    because: str | None
     exit: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +53,9 @@ class Forecast:
         if self.adapter is not None:
             found.append(f"adapters: {self.adapter:,} parameters")
         if self.steps is not None:
-            found.append(f"train: {self.steps} steps with {self.optimizer} on {self.samples} samples")
+            what = ", on what the assistant says" if self.assistant_only_loss else ""
+            found.append(f"train: {self.steps} steps with {self.optimizer} on {self.samples} samples{what}")
+            found.append(f"trainer: {self.trainer}" + ("" if self.because is None else f", as {self.because}"))
         if self.exit is not None:
             found.append(f"exit: {self.exit}")
         return found
@@ -56,7 +64,7 @@ class Forecast:
 def forecast(recipe: Any, model: Any, out: Any, **options: Any) -> Forecast:
     """The arguments of `hfquant.finetune`. Raises like it, as far as that can be told beforehand."""
     chosen = plan(Request(recipe, model, out, **options))
-    samples, updates = _training(chosen)
+    samples, updates, assistant = _training(chosen)
     work = chosen.workflow
     dtype = name_of(chosen.dtype)
     shown = None if chosen.config is None else preview(chosen.model, chosen.config, dtype, None).to_dict()
@@ -70,17 +78,20 @@ def forecast(recipe: Any, model: Any, out: Any, **options: Any) -> Forecast:
         samples=samples,
         steps=updates,
         optimizer=None if updates is None else chosen.optimizer,
+        assistant_only_loss=assistant,
+        trainer=None if chosen.trainer is None else str(chosen.trainer),
+        because=None if chosen.trainer is None else chosen.trainer.because,
         exit=work.exit or (None if work.lora is None else "adapter"),
     )
 
 
-def _training(chosen: Plan) -> tuple[int | None, int | None]:
-    """Samples and updates, None for no training."""
+def _training(chosen: Plan) -> tuple[int | None, int | None, bool | None]:
+    """Samples, updates, and whether only what an assistant says is learned; None for no training."""
     if chosen.train is None or chosen.text is None:
-        return None, None
-    own = kind_of(chosen.text.data) == "self"
-    samples = chosen.train.samples if own else len(read_rows(chosen).train)
-    return samples, steps(chosen.train, samples, processes.world())
+        return None, None, None
+    rows = [] if kind_of(chosen.text.data) == "self" else read_rows(chosen).train
+    samples = len(rows) or chosen.train.samples
+    return samples, steps(chosen.train, samples, processes.world()), any(MASK in row for row in rows)
 
 
 def _parameters(chosen: Plan) -> int:

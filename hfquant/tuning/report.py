@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnsupportedError
+from ..optional_packages import figure_class
 from ..report import strict_json
 from .stages import Stage
 
@@ -21,9 +22,9 @@ class TuningReport:
 
     `recipe`: name and SHA-256 of its file; `changes`: what was given in place of its entries. `quantization`: the
     report of the quantized model that `out` holds. `adapter`: trained parameters, None for none. `training`: facts
-    about it; `losses` by step. `stages`: the model measured on text that it was not trained on. `initialized`: what
-    each layer's adapter made up for at first. `seconds` of each part. `curve`: the file with the loss curve. `pushed`:
-    address on the Hub.
+    about it, such as who trained; `losses` by step. `stages`: the model measured on text that it was not trained on.
+    `initialized`: what each layer's adapter made up for at first. `seconds` of each part. `curve`: the file with the
+    loss curve. `pushed`: address on the Hub.
     """
 
     recipe: dict[str, str]
@@ -56,8 +57,8 @@ class TuningReport:
 def draw(losses: Sequence[dict[str, float]], stages: Sequence[Stage], file: Path) -> bool:
     """Draw the loss of the training, with that of the stages on held-out text as lines; False without matplotlib."""
     try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
-    except ImportError:
+        figure = figure_class()(figsize=(8, 4.5), layout="constrained")
+    except UnsupportedError:
         return False
     axes = figure.subplots()
     axes.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], label="training")

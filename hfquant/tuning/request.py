@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from ..config import HfQuantConfig
 from ..data import CalibrationData, check, tokenizer_for
 from ..errors import CalibrationError, SpecError
 from ..hub import check_repository
+from ..optional_packages import is_installed
 from ..qat import why_not
 from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection, Workflow, read_recipe
 from ..selftext import refusal
 from ..source import check_device, dtype_named, model_class, original_config, stored_dtype
 from ..staging import check_output
+from .trainers import Choice, choose
 
 _8BIT = ("adamw_8bit", "paged_adamw_8bit")
 
@@ -45,7 +46,8 @@ class Plan:
     """A request that can be carried out.
 
     `config`: how to quantize, None for a model that stays as it is; it may still lack its calibration data. `train` and
-    `text`: how and on what to train, None for no training. `tokenizer`: None where token tensors are given.
+    `text`: how and on what to train, None for no training; `trainer`: who trains. `tokenizer`: None where token tensors
+    are given.
     """
 
     recipe: RecipeFile
@@ -60,6 +62,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     push: PushSection | None
+    trainer: Choice | None = None
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,7 +81,7 @@ class Plan:
         assert self.train is not None
         name = self.train.optimizer
         if name == "auto":
-            name = "paged_adamw_8bit" if self.device.type == "cuda" and _installed("bitsandbytes") else "adamw"
+            name = "paged_adamw_8bit" if self.device.type == "cuda" and is_installed("bitsandbytes") else "adamw"
         return {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}.get(name, name)
 
 
@@ -100,6 +103,7 @@ def plan(request: Request) -> Plan:
         tokenizer = tokenizer_for(text, request.model)
         check(text, tokenizer, model_config)
     dtype = dtype_named("auto" if train is None else train.dtype) or stored_dtype(request.model, model_config)
+    device = _device(request.device)
     return Plan(
         recipe,
         str(request.model),
@@ -111,8 +115,9 @@ def plan(request: Request) -> Plan:
         text,
         _evaluate(work, request, text),
         dtype,
-        _device(request.device),
+        device,
         _push(request, work),
+        choose(recipe, config, model_config, device),
         _asked(request),
     )
 
@@ -133,16 +138,12 @@ def _changed(train: TrainSection | None, recipe: RecipeFile, request: Request) -
         return None
     if request.max_steps is not None and request.max_steps < 1:
         raise SpecError(f"max_steps is a whole number from 1, got {request.max_steps}")
-    if train.optimizer in _8BIT and not _installed("bitsandbytes"):
+    if train.optimizer in _8BIT and not is_installed("bitsandbytes"):
         raise SpecError(
             f"{recipe.at('train', 'optimizer')}: {train.optimizer} needs bitsandbytes, which is not installed: "
             'pip install "hfquant[bitsandbytes]", or write optimizer: adamw'
         )
     return train.model_copy(update=given)
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _check_class(model_config: Any, model: str | Path) -> None:
@@ -177,7 +178,8 @@ def _text(
                 f"{recipe.path} trains, and names nothing to train on: give --data (data=): a text file, a dataset, "
                 'or "self" for text that the model writes'
             )
-        return CalibrationData(data, train.samples + kept, train.length, train.batch_size, train.seed)
+        sizes = (train.samples + kept, train.length, train.batch_size, train.seed)
+        return CalibrationData(data, *sizes, train.column, train.split, train.packing)
     how = CalibrationData() if config is None else config.data
     data = how.data if data is None else data
     return None if data is None else replace(how, data=data, samples=how.samples + kept)

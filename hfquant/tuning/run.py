@@ -43,7 +43,14 @@ def run(request: Request, tick: Tick) -> TuningReport:
     chosen = plan(request)
     folder = partial_folder(chosen.out)
     state = State(folder, _same(request, chosen), request.resume)
-    work = Work(chosen, state, tick)
+    try:
+        return _carry_out(Work(chosen, state, tick), chosen, folder)
+    finally:
+        state.close()
+
+
+def _carry_out(work: Work, chosen: Plan, folder: Path) -> TuningReport:
+    """All parts, and the output in its place."""
     report = work.run()
     if processes.rank() == 0:
         finished = work.assemble()
@@ -137,7 +144,9 @@ class Work:
         original = load_base(self.plan.model, self.plan) if writes or self.plan.evaluate is not None else None
         rows = rows or read_rows(self.plan, original)
         self.state.expect("training data", rows.sha256)
-        stages = Stages(rows.measure, [Stage.from_dict(stage) for stage in self.state.notes.get("stages", [])])
+        stages = Stages(
+            rows.measure, rows.counted, [Stage.from_dict(stage) for stage in self.state.notes.get("stages", [])]
+        )
         if original is not None:
             stages.start(original)
         return rows, stages
@@ -158,15 +167,23 @@ class Work:
         trained = self.state.folder / "trained"
         with self._part("train") as tick:
             if "training" not in self.state.notes:
+                self._note_trainer()
                 training, losses = train_through(self.plan, config, rows, trained, tick)
                 self._note_training(rows, training, losses)
         with self._part("exit"):
             if "quantization" not in self.state.notes:
                 self.state.note("quantization", quantize_trained(trained, self.plan, config, self.base))
 
+    def _note_trainer(self) -> None:
+        """A run that goes on may find another trainer installed, or another version of it."""
+        known, now = self.state.notes.get("trainers", []), str(self.plan.trainer)
+        if now not in known:
+            self.state.note("trainers", [*known, now])
+
     def _note_training(self, rows: Rows, training: dict[str, Any], losses: list[dict[str, float]]) -> None:
         self.state.note("losses", losses)
-        self.state.note("training", training | {"sha256": rows.sha256})
+        trainers = ", then ".join(self.state.notes["trainers"])
+        self.state.note("training", {"trainer": trainers} | training | {"sha256": rows.sha256})
 
     def _tune(self, model: Any, rows: Rows, stages: Stages) -> None:
         """Attach adapters, train them, save them."""
@@ -176,7 +193,8 @@ class Work:
             adapted = self._adapters(model, rows, stages, tick)
             facts = size_of(adapted)
             if self.plan.train is not None:
-                training, losses = train(adapted, rows.train, self.plan, self.state.folder / "trainer", tick)
+                self._note_trainer()
+                training, losses = train(adapted, rows, self.plan, self.state.folder / "trainer", tick)
                 self._note_training(rows, training, losses)
                 self._measure(stages, "trained", adapted)
             place = self.plan.model if self.plan.config is None else self.plan.out.absolute() / BASE
@@ -214,7 +232,8 @@ class Work:
         self.state.note("quantization", report | {name: found[name] for name in ("bits_per_weight", "mb_after")})
 
     def _report(self, stages: Stages) -> TuningReport:
-        notes = self.state.notes
+        notes, trainer = self.state.notes, self.plan.trainer
+        reason = None if trainer is None else trainer.because
         return TuningReport(
             recipe=self.plan.recipe.label,
             model=self.plan.model,
@@ -227,6 +246,7 @@ class Work:
             initialized=tuple(notes.get("initialized", ())),
             losses=tuple(notes.get("losses", ())),
             stages=tuple(stages.found),
+            notes=() if reason is None else (f"TRL's SFTTrainer did not train: {reason}",),
             seconds=self.seconds,
             peak_rss_mb=peak_rss_mb(),
             versions=versions(self.plan.config.plugins if self.plan.config is not None else None),

@@ -37,16 +37,19 @@ class Stage:
 
 
 class Stages:
-    """The stages measured so far. Without text to measure on nothing is measured."""
+    """The stages measured so far. Without text to measure on nothing is measured.
 
-    def __init__(self, batches: list[Tensor], known: list[Stage]) -> None:
-        self.batches, self.found = batches, list(known)
+    `counted` [B, L-1] bool: which predictions of `batches` count, None for all.
+    """
+
+    def __init__(self, batches: list[Tensor], counted: list[Tensor] | None, known: list[Stage]) -> None:
+        self.batches, self.counted, self.found = batches, counted, list(known)
         self._reference: Reference | None = None
 
     def start(self, original: Any) -> None:
         """Run the original model, and measure it if that was not done."""
         if self.batches:
-            self._reference = Reference(original, self.batches)
+            self._reference = Reference(original, self.batches, counted=self.counted)
             self.measure("original", original)
 
     def measure(self, name: str, model: Any) -> None:

@@ -34,7 +34,7 @@ def train_through(
     if plan.train is not None and plan.train.checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     teacher = load_base(plan.model, plan, EXACT) if section.distill else None
-    told = train(student, rows.train, plan, folder.with_name("trainer"), tick, teacher)
+    told = train(student, rows, plan, folder.with_name("trainer"), tick, teacher)
     if processes.rank() == 0:
         finish_qat(student).save_pretrained(folder)
         copy_companions(plan.model, folder)

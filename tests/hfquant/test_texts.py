@@ -55,6 +55,9 @@ def test_the_column_is_the_one_asked_for_or_the_only_candidate(tmp_path: Path) -
     path = write(tmp_path / "a.jsonl", lines({"title": "T", "text": "X", "n": 1}, {"title": "U", "text": None, "n": 2}))
     assert list(read_file(path)) == ["X"]  # the usual name; a missing text is an empty one
     assert list(read_file(path, column="title")) == ["T", "U"]
+    path = write(tmp_path / "b.jsonl", lines({"prompt": "X", "messages": CHAT, "chosen": CHAT}))
+    assert list(read_file(path)) == [CHAT]  # the usual name of conversations
+    assert list(read_file(path, column="prompt")) == ["X"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`hfquant finetune`: what is typed, what is shown."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,6 +52,29 @@ def test_it_tells_every_stage_and_leaves_a_model(hfquant, recipe, source, text, 
     assert "is not empty" in hfquant(*run, status=2).stderr
     report = json.loads(hfquant(*run, "--overwrite", "--json").stdout)
     assert report["changes"] == {"max_steps": 2} and [stage["name"] for stage in report["stages"]][-1] == "merged"
+
+
+def test_it_tells_who_trains_and_what_of_conversations_is_learned(hfquant, recipe, source, tmp_path):
+    talker = shutil.copytree(source, tmp_path / "talker")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    (talker / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant:{% endif %}")
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Some."}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f"{json.dumps({'prompt': 'x', 'messages': chat})}\n" * 60)
+    run = ("finetune", recipe, "--model", talker, "--data", data, "--max-steps", 1)
+    shown = hfquant(*run, "--dry-run").stdout
+    assert "samples, on what the assistant says" in shown and "trainer: trl.SFTTrainer 1." in shown
+    shown = " ".join(hfquant(*run, "-o", tmp_path / "out").stdout.split())
+    assert "1 steps with adamw_torch in trl.SFTTrainer 1." in shown
+    learned, tokens = len("Some.;"), len("user:How many?;assistant:Some.;")
+    report = json.loads((tmp_path / "out" / "finetune_report.json").read_text())["training"]
+    assert f", {report['loss_tokens']} of them the assistant's; the loss went" in shown
+    assert report["loss_tokens"] / report["tokens"] == pytest.approx(learned / tokens, rel=0.1)
+    recipe.write_text(
+        RECIPE.replace("  length: 32", "  assistant_only_loss: false\n  trainer: transformers\n  length: 32")
+    )
+    shown = hfquant(*run, "--dry-run").stdout
+    assert "the assistant says" not in shown and "trainer: transformers.Trainer 5." in shown
 
 
 def test_mistakes_are_told_with_their_line(hfquant, recipe, source, text, tmp_path):

@@ -70,6 +70,20 @@ def test_a_worse_model_has_a_positive_perplexity_interval():
 
 
 @CACHING
+def test_predictions_that_do_not_count_might_as_well_not_be_there(cache):
+    """Counting the first predictions of each sequence is measuring sequences that end there."""
+    model, candidate = tiny_model("llama"), tiny_model("llama", seed=1)
+    rows, lengths = [row for batch in batches(256) for row in batch], torch.tensor([5, 3, 1, 4, 2, 1, 5])
+    counted = list((torch.arange(5) < lengths[:, None]).split([3, 3, 1]))
+    found = Reference(model, batches(256), cache, counted=counted).compare(candidate)
+    cut = [row[None, : end + 1] for row, end in zip(rows, lengths.tolist(), strict=True)]
+    wanted = Reference(model, cut, cache).compare(candidate)
+    assert (found.tokens, found.sequences) == (wanted.tokens, wanted.sequences) == (21, 7)
+    for name in ("kl", "kl_ci", "top1", "ppl", "ppl_ref", "dppl_ci"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-4)
+
+
+@CACHING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_against_itself_is_exactly_the_same(cache, dtype):
     model = tiny_model("qwen3", dtype=dtype)
