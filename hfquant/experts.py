@@ -18,7 +18,7 @@ from .errors import UnsupportedError
 from .expert_view import Added, ExpertsView, LowRank, Parameters, asked_by
 from .gpu import experts as gpu_experts
 from .layouts import LAYOUTS, unpack
-from .nn import packed_aside
+from .nn import check_whole, packed_aside
 from .qtensor import QTensor
 from .requantize import requantize
 from .spec import PackedSpec
@@ -213,7 +213,9 @@ class QExperts(RoutedExperts):
 
     def _stacks(self, projection: str) -> list[Tensor]:
         """The packed tensors [E, ...] of all experts' projection."""
-        return [self._parameters[f"{projection}_{name}"] for name in self.specs[projection].names]  # type: ignore[misc]
+        held = [self._parameters[f"{projection}_{name}"] for name in self.specs[projection].names]
+        check_whole(held)
+        return held  # type: ignore[return-value]
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
         bias = self._bias_of(projection, expert)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .binding import Binding, is_plain
-from .errors import FormatError, SpecError
+from .errors import FormatError, SpecError, UnsupportedError
 from .layouts import INPUT_NAMES, LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
@@ -34,6 +34,8 @@ class PackedModule(nn.Module):
     dtype: torch.dtype
     kind: str  # of the module it replaced: "linear", "conv1d" or "embedding"
 
+    is_cut = False  # by tensor parallelism: what is held here is described by `spec`, as a matrix of its own
+
     # Tensor parallelism hands such modules their local shard instead of a DTensor.
     _hf_quantized_needs_local_tp = True
 
@@ -50,7 +52,9 @@ class PackedModule(nn.Module):
 
     def packed(self) -> list[Tensor]:
         """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them."""
-        held = (self._parameters[name] for name in self.spec.names)
+        held = [self._parameters[name] for name in self.spec.names]
+        if not self.is_cut:
+            check_whole(held)
         return [value.to_local() if isinstance(value, DTensor) else value for value in held]  # type: ignore[misc]
 
     def packed_names(self) -> list[str]:
@@ -125,6 +129,15 @@ class PackedModule(nn.Module):
         blocks = f"({weight.blocks.rows}, {weight.blocks.cols})"
         turned = ", rotated" if self.spec.rotated else ""
         return f"{super().extra_repr()}, grid={weight.grid}, blocks={blocks}, layout={self.spec.layout}{turned}"
+
+
+def check_whole(tensors: Iterable[Tensor | None]) -> None:
+    """Raise UnsupportedError for packed tensors of which this process holds a part that stands for nothing alone."""
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        raise UnsupportedError(
+            "the packed weight is spread over processes (FSDP), and only put together while its block computes: read it "
+            "in the forward pass, or load the model in one process"
+        )
 
 
 def _meaning(spec: PackedSpec) -> tuple[TensorSpec, InputSpec | None, str]:

@@ -18,6 +18,7 @@ from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection
 from ..selftext import refusal
 from ..source import check_device, dtype_named, model_class, original_config, stored_dtype
 from ..staging import check_output
+from . import sharded
 
 _8BIT = ("adamw_8bit", "paged_adamw_8bit")
 
@@ -100,7 +101,7 @@ def plan(request: Request) -> Plan:
         tokenizer = tokenizer_for(text, request.model)
         check(text, tokenizer, model_config)
     dtype = dtype_named("auto" if train is None else train.dtype) or stored_dtype(request.model, model_config)
-    return Plan(
+    found = Plan(
         recipe,
         str(request.model),
         out,
@@ -115,6 +116,7 @@ def plan(request: Request) -> Plan:
         _push(request, work),
         _asked(request),
     )
+    return sharded.check(found)
 
 
 def _asked(request: Request) -> dict[str, Any]:

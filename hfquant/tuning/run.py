@@ -23,6 +23,7 @@ from ..report import REPORT_NAME as QUANTIZED
 from ..report import peak_rss_mb, sizes, versions
 from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
+from . import sharded
 from .attach import attach, size_of, start
 from .base import BASE, config_of, load_base, quantized, report_in
 from .exits import merge, merge_pooled, replace_base, save_adapter
@@ -41,6 +42,11 @@ _SHARES = {"original": (0.0, 0.05), "quantize": (0.05, 0.3), "train": (0.3, 0.9)
 def run(request: Request, tick: Tick) -> TuningReport:
     """Carry out a request. Raises like `hfquant.finetune`."""
     chosen = plan(request)
+    with sharded.settled():
+        return _carry_out(request, chosen, tick)
+
+
+def _carry_out(request: Request, chosen: Plan, tick: Tick) -> TuningReport:
     folder = partial_folder(chosen.out)
     state = State(folder, _same(request, chosen), request.resume)
     work = Work(chosen, state, tick)
@@ -78,6 +84,7 @@ def _same(request: Request, chosen: Plan) -> dict[str, Any]:
         "eval_data": None if chosen.evaluate is None else chosen.evaluate.data,
         "changes": chosen.changes,
         "processes": processes.world(),
+        "sharding": sharded.is_sharded(),
     }
 
 

@@ -16,6 +16,7 @@ from ..distill import DistillationTrainer
 from ..errors import HfQuantError
 from ..lora.check import check_gradients
 from ..recipe_file import TrainSection
+from . import sharded
 from .request import Plan
 from .rows import collate
 
@@ -107,6 +108,7 @@ def train(
     """
     workers = processes.world()
     given = arguments(plan, folder, len(rows), workers)
+    sharded.begin(plan.device)
     watched: list[Any] = [Watch(tick)] if plan.workflow.lora is None else [Watch(tick), CheckAdapters()]
     kind, extra = (Trainer, {}) if teacher is None else (DistillationTrainer, {"teacher": teacher})
     made = kind(model, given, train_dataset=rows, data_collator=collate, callbacks=watched, **extra)
@@ -127,5 +129,6 @@ def train(
         "first_loss": losses[0]["loss"],
         "last_loss": losses[-1]["loss"],
         "seconds": done.metrics["train_runtime"],
+        "sharded": sharded.megabytes(model),
     }
     return facts, losses
