@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .binding import Binding, is_plain
-from .errors import FormatError, SpecError, UnsupportedError
+from .errors import FormatError, SpecError
+from .gathered import Witness, check_gathered, witness_of
 from .layouts import INPUT_NAMES, LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
@@ -32,6 +33,7 @@ class PackedModule(nn.Module):
     spec: PackedSpec
     key: str
     dtype: torch.dtype
+    _witness: Witness
     kind: str  # of the module it replaced: "linear", "conv1d" or "embedding"
 
     is_cut = False  # by tensor parallelism: what is held here is described by `spec`, as a matrix of its own
@@ -46,16 +48,21 @@ class PackedModule(nn.Module):
 
     def hold(self, packed: dict[str, Tensor], spec: PackedSpec) -> None:
         """Take the packed tensors of a weight as parameters."""
-        self.spec, self.key = spec, spec.key()
+        self.spec, self.key, self._witness = spec, spec.key(), witness_of(packed)
         for name in spec.names:
             self._parameters[name] = nn.Parameter(packed[name], requires_grad=False)
 
     def packed(self) -> list[Tensor]:
-        """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them."""
-        held = [self._parameters[name] for name in self.spec.names]
-        if not self.is_cut:
-            check_whole(held)
-        return [value.to_local() if isinstance(value, DTensor) else value for value in held]  # type: ignore[misc]
+        """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them.
+
+        Raises UnsupportedError for tensors that FSDP has cut or cast.
+        """
+        held: dict[str, Any] = self._parameters
+        tensors = [held[name] for name in self.spec.names]
+        if self.is_cut:
+            return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        check_gathered(held[self._witness[0]], self._witness)
+        return tensors
 
     def packed_names(self) -> list[str]:
         """Names of the packed parameters."""
@@ -129,15 +136,6 @@ class PackedModule(nn.Module):
         blocks = f"({weight.blocks.rows}, {weight.blocks.cols})"
         turned = ", rotated" if self.spec.rotated else ""
         return f"{super().extra_repr()}, grid={weight.grid}, blocks={blocks}, layout={self.spec.layout}{turned}"
-
-
-def check_whole(tensors: Iterable[Tensor | None]) -> None:
-    """Raise UnsupportedError for packed tensors of which this process holds a part that stands for nothing alone."""
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
-        raise UnsupportedError(
-            "the packed weight is spread over processes (FSDP), and only put together while its block computes: read it "
-            "in the forward pass, or load the model in one process"
-        )
 
 
 def _meaning(spec: PackedSpec) -> tuple[TensorSpec, InputSpec | None, str]:

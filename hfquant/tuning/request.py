@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,9 @@ def _device(asked: str | None) -> torch.device:
     from accelerate import PartialState
 
     # Told of the CPU, it joins processes that share one; it would take them for single ones otherwise.
-    state = PartialState(cpu=asked == "cpu" or not torch.accelerator.is_available())
+    cpu = asked == "cpu" or not torch.accelerator.is_available()
+    # What processes tell each other lies on the CPU, where NCCL, which is all they would have, does not go.
+    both = not cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    state = PartialState(cpu=cpu, **({"backend": "cuda:nccl,cpu:gloo"} if both else {}))
     check_device(asked)
     return torch.device(state.device if asked is None else asked)

@@ -42,7 +42,7 @@ def check(plan: Plan) -> Plan:
     """A plan that can be carried out with sharded weights. Raises SpecError that names what cannot."""
     if not is_sharded():
         return plan
-    reason = _why_not_launched() or _why_not_recipe(plan)
+    reason = _why_not_launched() or _why_not_device(plan) or _why_not_recipe(plan)
     if reason is not None:
         raise SpecError(f"FSDP was asked for (accelerate launch --use_fsdp), and {reason}")
     if plan.train is not None and plan.train.optimizer == "auto":
@@ -54,15 +54,13 @@ def _why_not_launched() -> str | None:
     """What the launcher says that cannot work, or None."""
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
-        return (
-            f"its version {version} cannot hold packed weights, which are integers without gradients: add --fsdp_version 2"
-        )
+        return f"version {version} cannot hold packed weights, integers without gradients: add --fsdp_version 2"
     for variable, reason in _UNTRIED.items():
         if _says(variable):
             return reason
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         return (
-            f"--mixed_precision {precision} would round the scales of quantized weights to it: use --mixed_precision no, "
+            f"--mixed_precision {precision} would cast the scales of quantized weights: use --mixed_precision no, "
             "and say the dtype in the recipe (train: {dtype: bfloat16})"
         )
     if ignored := os.environ.get("FSDP_IGNORED_MODULES"):
@@ -73,15 +71,24 @@ def _why_not_launched() -> str | None:
 
 
 _UNTRIED = {
-    "FSDP_OFFLOAD_PARAMS": "parts that wait on the CPU were not tried with packed weights: use --fsdp_offload_params false",
+    "FSDP_OFFLOAD_PARAMS": (
+        "parts that wait on the CPU were not tried with packed weights: use --fsdp_offload_params false"
+    ),
     "FSDP_ACTIVATION_CHECKPOINTING": (
-        "its activation checkpointing gives layers other names: use --fsdp_activation_checkpointing false, and say it in "
-        "the recipe (train: {checkpointing: true})"
+        "its activation checkpointing gives layers other names: use --fsdp_activation_checkpointing false, and say "
+        "train: {checkpointing: true} in the recipe"
     ),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "other ways to split a model were not tried with it: leave --use_parallelism_config out"
     ),
 }
+
+
+def _why_not_device(plan: Plan) -> str | None:
+    """Why weights cannot be spread over the devices, or None."""
+    if plan.device.type == "cpu" and torch.accelerator.is_available():
+        return "it spreads weights over the GPUs of this machine: leave --device cpu out, or hide them from it"
+    return None
 
 
 def _why_not_recipe(plan: Plan) -> str | None:
@@ -94,8 +101,8 @@ def _why_not_recipe(plan: Plan) -> str | None:
         )
     if work.lora is not None and work.lora.pooled:
         return (
-            f"pooled adapters ({at('lora', 'pooled')}) are kept constant within groups by hooks that sharded parameters "
-            "do not call: start it without --use_fsdp"
+            f"pooled adapters ({at('lora', 'pooled')}) are kept constant within groups by hooks that sharded "
+            "parameters do not call: start it without --use_fsdp"
         )
     if plan.train is not None and plan.train.optimizer.endswith("8bit"):
         return (
@@ -123,6 +130,11 @@ def settled() -> Iterator[None]:
                 os.environ[name] = said[name]
             else:
                 os.environ.pop(name, None)
+
+
+def waits_to_be_sharded(plan: Plan) -> bool:
+    """Whether a model may be too large for the device of one process: none is measured there as a whole."""
+    return is_sharded() and plan.train is not None and plan.evaluate is None
 
 
 def begin(device: torch.device) -> None:
