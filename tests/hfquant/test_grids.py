@@ -260,7 +260,7 @@ def test_a_codebook_may_come_from_a_plugin() -> None:
     assert "ternary" not in GRIDS
 
 
-@pytest.mark.parametrize("name", ["ue2m2", "nf4", "dynamic4", "e3m2"])
+@pytest.mark.parametrize("name", ["ue2m2", "nf4", "dyn4", "e3m2"])
 def test_levels_have_values_where_models_are_made_without_any(name):
     """Checkpoints are loaded under the meta device; what is cached there serves the whole process."""
     _levels.cache_clear()
