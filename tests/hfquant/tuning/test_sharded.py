@@ -1,6 +1,7 @@
 """Weights spread over processes (FSDP2) compute and learn what whole ones do; what cannot work is refused."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -124,19 +125,94 @@ def compare(folder: Path) -> dict[str, dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory) -> list[dict]:
-    """What two processes found."""
-    folder = tmp_path_factory.mktemp("compared")
+def save_quantized(folder: Path) -> None:
     for kind in ("llama", "mixtral", "gpt2"):
         tiny_model(kind).save_pretrained(folder / "source" / kind)
     for name, config in CONFIGS.items():
         source = folder / "source" / SOURCES.get(name, "llama")
         AutoModelForCausalLM.from_pretrained(source, quantization_config=config.copy()).save_pretrained(folder / name)
+
+
+class Killed(BaseException):
+    """In place of the signal."""
+
+
+def carry_out(jobs: list) -> list[dict | None]:
+    """In one of several processes: recipes, each with its own variables of the environment, some killed in a step."""
+    reports: list[dict | None] = []
+    for variables, arguments, last in jobs:
+        os.environ.update(variables)
+        steps: list[float] = []
+
+        def tick(what: str, share: float, steps=steps, last=last) -> None:
+            if what.startswith("training"):
+                steps.append(share)
+                if len(steps) == last:
+                    raise Killed
+
+        try:
+            reports.append(hfquant.finetune(**arguments, tick=tick).to_dict() | {"ticks": len(steps)})
+        except Killed:
+            reports.append(None)
+        assert os.environ["FSDP_STATE_DICT_TYPE"] == variables["FSDP_STATE_DICT_TYPE"]  # what was settled is undone
+    return reports
+
+
+# What accelerate's own defaults and old configurations of it say, and what is settled otherwise.
+SAID = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+TARGETS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+SHORT = {"length": 16, "samples": 32, "steps": 4, "batch_size": 2, "learning_rate": 0.002, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, text):
+    """What each of two processes found in `compare`; the folder and reports of `carry_out`.
+
+    One training with copies, sharded, and sharded with a break; one that merges; the first in one process.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    save_quantized(folder)
+    kept = {
+        "quantize": {"method": "int4", "group_size": 64},
+        "lora": {"rank": 3, "targets": TARGETS},
+        "train": SHORT | {"dtype": "float32", "optimizer": "auto"},
+        "evaluate": {"sequences": 2},
+    }
+    merged = {"quantize": {"method": "nf4"}, "lora": {"rank": 3}, "exit": "merge"}
+    merged["train"] = SHORT | {"steps": 2, "checkpointing": True, "dtype": "bfloat16"}
+    whole = kept | {"train": kept["train"] | {"batch_size": 4}}
+    for name, recipe in {"kept": kept, "merging": merged, "whole": whole}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+
+    def given(recipe: str, out: str) -> dict[str, str]:
+        return {"recipe": f"{folder / recipe}.yaml", "model": str(MODEL), "out": str(folder / out), "data": str(text)}
+
+    asked = LAUNCHED | SAID
+    jobs: list = [
+        (SAID | {"ACCELERATE_USE_FSDP": "false"}, given("kept", "copies"), 0),
+        (asked, given("kept", "sharded"), 0),
+        (asked, given("kept", "resumed"), 3),
+        (asked, given("kept", "resumed"), 0),
+        (asked, given("merging", "merged"), 0),
+    ]
     program = f"import runpy; runpy.run_module({__name__!r}, run_name='__main__')"
-    ends = run_ranks(program, folder, **LAUNCHED, **ALONE)
+    ends = run_ranks(program, folder, json.dumps(jobs), **LAUNCHED, **ALONE)
     assert all(end.returncode == 0 for end in ends), ends[0].stderr[-3000:] + ends[1].stderr[-3000:]
-    return [json.loads(end.stdout) for end in ends]
+    told = [json.loads(end.stdout) for end in ends]
+    names = [Path(arguments["out"]).name for _, arguments, _ in jobs]
+    one = hfquant.finetune(**given("whole", "one"))
+    reports = dict(zip(names, told[0]["reports"], strict=True)) | {"one": one.to_dict()}
+    return [rank["compared"] for rank in told], folder, reports
+
+
+@pytest.fixture(scope="module")
+def compared(ended) -> list[dict]:
+    return ended[0]
+
+
+@pytest.fixture(scope="module")
+def runs(ended) -> tuple[Path, dict[str, dict]]:
+    return ended[1:]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -158,71 +234,6 @@ def test_a_part_of_a_weight_is_not_taken_for_a_weight(compared, name):
 @pytest.mark.parametrize("name", CAST)
 def test_packed_tensors_that_were_cast_on_the_way_are_refused(compared, name):
     assert all("mixed precision casts what it gathers" in rank[name]["cast"] for rank in compared)
-
-
-# Runs recipes one after the other, each with its own variables of the environment; tells what came out and how many
-# steps were made.
-RUNS = """
-import json, os, sys
-import hfquant
-
-class Killed(BaseException):
-    pass
-
-for variables, arguments, last in json.loads(sys.argv[1]):
-    os.environ.update(variables)
-    steps = []
-    def tick(what, share):
-        if what.startswith("training"):
-            steps.append(share)
-            if len(steps) == last:
-                raise Killed
-    try:
-        report = hfquant.finetune(**arguments, tick=tick)
-        print(json.dumps(report.to_dict() | {"ticks": len(steps)}))
-    except Killed:
-        print("null")
-    assert os.environ.get("FSDP_STATE_DICT_TYPE") == variables.get("FSDP_STATE_DICT_TYPE")
-"""
-# What accelerate's own defaults and old configurations of it say, and what is settled otherwise.
-SAID = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-TARGETS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
-SHORT = {"length": 16, "samples": 32, "steps": 4, "batch_size": 2, "learning_rate": 0.002, "save_every": 2}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, text):
-    """One training with copies, sharded, and sharded with a break; one that merges; the folder and the reports."""
-    folder = tmp_path_factory.mktemp("runs")
-    kept = {
-        "quantize": {"method": "int4", "group_size": 64},
-        "lora": {"rank": 3, "targets": TARGETS},
-        "train": SHORT | {"dtype": "float32", "optimizer": "auto"},
-        "evaluate": {"sequences": 2},
-    }
-    merged = {"quantize": {"method": "nf4"}, "lora": {"rank": 3}, "exit": "merge"}
-    merged["train"] = SHORT | {"steps": 2, "checkpointing": True, "dtype": "bfloat16"}
-    whole = kept | {"train": kept["train"] | {"batch_size": 4}}
-    for name, recipe in {"kept": kept, "merged": merged, "whole": whole}.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-
-    def given(recipe: str, out: str) -> dict[str, str]:
-        return {"recipe": f"{folder / recipe}.yaml", "model": str(MODEL), "out": str(folder / out), "data": str(text)}
-
-    asked = LAUNCHED | SAID
-    jobs: list = [
-        (SAID | {"ACCELERATE_USE_FSDP": "false"}, given("kept", "copies"), 0),
-        (asked, given("kept", "sharded"), 0),
-        (asked, given("kept", "resumed"), 3),
-        (asked, given("kept", "resumed"), 0),
-        (asked, given("merged", "merged"), 0),
-    ]
-    first, second = run_ranks(RUNS, json.dumps(jobs), **ALONE)
-    assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
-    reports = [json.loads(line) for line in first.stdout.splitlines()]
-    told = {Path(arguments["out"]).name: report for (_, arguments, _), report in zip(jobs, reports, strict=True)}
-    one = hfquant.finetune(**given("whole", "one"))
-    return folder, told | {"one": one.to_dict()}
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -326,4 +337,4 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_read(recipe, text,
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]))))
+    print(json.dumps({"compared": compare(Path(sys.argv[1])), "reports": carry_out(json.loads(sys.argv[2]))}))
