@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from .errors import FormatError, HfQuantError, UnsupportedError
+from .gathered import check_gathered
 from .nn import packed_aside
 from .qtensor import InputParams
 from .quantize import check_operands
@@ -55,6 +56,7 @@ class Operands(nn.Module):
             self.watcher(name, x.detach())
         if name not in self.specs:
             return x
+        check_gathered(self.scale, ("scale", torch.float32))
         spec, scale = self.specs[name], self.scale[OPERANDS.index(name)].reshape(1)
         seen = as_seen(x.detach().float(), spec.tensor, None if spec.dynamic else InputParams(scale)).to(x.dtype)
         return seen + (x - x.detach()) if x.requires_grad else seen  # adds 0: training sees what inference does

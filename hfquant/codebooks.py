@@ -58,7 +58,7 @@ def dynamic_exponent(bits: int) -> Codebook:
         raise SpecError(f"dynamic exponent grids have 3 to 8 bits, got {bits}")
     magnitudes: list[float] = []
     for fraction_bits in range(bits - 1):
-        edges = torch.linspace(0.1, 1, 2**fraction_bits + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, 2**fraction_bits + 1, dtype=torch.float64, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2
         magnitudes += (10.0 ** (fraction_bits - bits + 2) * middles).tolist()
     magnitudes.sort()

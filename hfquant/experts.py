@@ -16,6 +16,7 @@ from . import ops
 from .binding import Bindings, is_plain
 from .errors import UnsupportedError
 from .expert_view import Added, ExpertsView, LowRank, Parameters, asked_by
+from .gathered import Witness, check_gathered, witness_of
 from .gpu import experts as gpu_experts
 from .layouts import LAYOUTS, unpack
 from .nn import packed_aside
@@ -87,6 +88,7 @@ class QExperts(RoutedExperts):
     keys: dict[str, str]
     dtype: torch.dtype
     _bindings: dict[str, Bindings]
+    _witnesses: dict[str, Witness]
 
     _hf_quantized_needs_local_tp = True
 
@@ -94,6 +96,7 @@ class QExperts(RoutedExperts):
         """Take the packed tensors [E, ...] of one projection as parameters."""
         self.specs[projection], self.keys[projection] = spec, spec.key()
         self.__dict__.setdefault("_bindings", {})[projection] = Bindings()
+        self.__dict__.setdefault("_witnesses", {})[projection] = witness_of(packed)
         for name in spec.names:
             self._parameters[f"{projection}_{name}"] = nn.Parameter(packed[name], requires_grad=False)
         self.__dict__["_parameters"].shown.add(projection)
@@ -213,7 +216,10 @@ class QExperts(RoutedExperts):
 
     def _stacks(self, projection: str) -> list[Tensor]:
         """The packed tensors [E, ...] of all experts' projection."""
-        return [self._parameters[f"{projection}_{name}"] for name in self.specs[projection].names]  # type: ignore[misc]
+        held: dict[str, Any] = self._parameters
+        witness = self._witnesses[projection]
+        check_gathered(held[f"{projection}_{witness[0]}"], witness)
+        return [held[f"{projection}_{name}"] for name in self.specs[projection].names]
 
     def _project(self, projection: str, x: Tensor, expert: int, token: Tensor) -> Tensor:
         bias = self._bias_of(projection, expert)

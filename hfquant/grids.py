@@ -83,7 +83,8 @@ class Grid(ABC):
 
 @lru_cache(maxsize=256)
 def _levels(grid: Grid) -> Tensor:
-    return torch.tensor(grid._levels(), dtype=torch.float64).to(torch.float32)
+    # On the CPU also where models are made on another device: what is cached would have no values on "meta".
+    return torch.tensor(grid._levels(), dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 @lru_cache(maxsize=256)
@@ -97,9 +98,9 @@ def thresholds(grid: Grid) -> Tensor:
     levels = grid.levels().double()
     middle = (levels[:-1] + levels[1:]) / 2
     threshold = middle.float()
-    upper_is_even = (torch.arange(1, levels.numel()) - grid.zero_code) % 2 == 0
+    upper_is_even = (torch.arange(1, levels.numel(), device="cpu") - grid.zero_code) % 2 == 0
     too_high = (threshold.double() > middle) | ((threshold.double() == middle) & upper_is_even)
-    return torch.where(too_high, torch.nextafter(threshold, torch.tensor(-torch.inf)), threshold)
+    return torch.where(too_high, torch.nextafter(threshold, torch.full_like(threshold, -torch.inf)), threshold)
 
 
 @dataclass(frozen=True)

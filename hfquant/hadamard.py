@@ -81,7 +81,8 @@ def _cosine(x: Tensor, odd: int, inverse: bool) -> Tensor:
 @lru_cache(maxsize=16)
 def _dct(order: int) -> Tensor:
     """The orthonormal DCT-II [order, order] float64: row j holds cos(pi (2 i + 1) j / (2 order)), scaled."""
-    j, i = torch.arange(order, dtype=torch.float64)[:, None], torch.arange(order, dtype=torch.float64)
+    i = torch.arange(order, dtype=torch.float64, device="cpu")  # what is cached has values wherever models are made
+    j = i[:, None]
     matrix = torch.cos(math.pi * (2 * i + 1) * j / (2 * order)) * math.sqrt(2 / order)
     matrix[0] = order**-0.5
     return matrix

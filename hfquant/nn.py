@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from . import ops
 from .binding import Binding, is_plain
 from .errors import FormatError, SpecError
+from .gathered import Witness, check_gathered, witness_of
 from .layouts import INPUT_NAMES, LAYOUTS, unpack
 from .qtensor import QTensor
 from .requantize import requantize
@@ -32,7 +33,10 @@ class PackedModule(nn.Module):
     spec: PackedSpec
     key: str
     dtype: torch.dtype
+    _witness: Witness
     kind: str  # of the module it replaced: "linear", "conv1d" or "embedding"
+
+    is_cut = False  # by tensor parallelism: what is held here is described by `spec`, as a matrix of its own
 
     # Tensor parallelism hands such modules their local shard instead of a DTensor.
     _hf_quantized_needs_local_tp = True
@@ -44,14 +48,21 @@ class PackedModule(nn.Module):
 
     def hold(self, packed: dict[str, Tensor], spec: PackedSpec) -> None:
         """Take the packed tensors of a weight as parameters."""
-        self.spec, self.key = spec, spec.key()
+        self.spec, self.key, self._witness = spec, spec.key(), witness_of(packed)
         for name in spec.names:
             self._parameters[name] = nn.Parameter(packed[name], requires_grad=False)
 
     def packed(self) -> list[Tensor]:
-        """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them."""
-        held = (self._parameters[name] for name in self.spec.names)
-        return [value.to_local() if isinstance(value, DTensor) else value for value in held]  # type: ignore[misc]
+        """The packed tensors in the order of `spec.names`; with tensor parallelism, this rank's part of them.
+
+        Raises UnsupportedError for tensors that FSDP has cut or cast.
+        """
+        held: dict[str, Any] = self._parameters
+        tensors = [held[name] for name in self.spec.names]
+        if self.is_cut:
+            return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        check_gathered(held[self._witness[0]], self._witness)
+        return tensors
 
     def packed_names(self) -> list[str]:
         """Names of the packed parameters."""

@@ -112,6 +112,7 @@ def to_local_specs(modules: Iterable[tuple[str, nn.Module]]) -> None:
         if isinstance(module, PackedModule) and isinstance(codes := module._parameters["codes"], DTensor):
             module.spec = replace(module.spec, shape=_local_shape(codes, module.spec.shape))
             module.key = module.spec.key()
+            module.is_cut = True
 
 
 def _local_shape(codes: Tensor, shape: tuple[int, int]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from ..report import REPORT_NAME
 from ..source import load_model
 from .request import Plan
 from .rows import Rows
+from .sharded import waits_to_be_sharded
 
 BASE = "base"
 """Folder of the quantized model beside its adapters."""
@@ -54,8 +55,11 @@ def report_in(folder: Path) -> dict[str, Any]:
 
 
 def load_base(source: str | Path, plan: Plan, dtype: torch.dtype | None = None) -> Any:
-    """A model, quantized or not, on the device of the training and in `dtype`, by default that of the training."""
-    place = {} if plan.device.type == "cpu" else {"device_map": {"": plan.device}}
+    """A model, quantized or not, in `dtype`, by default that of the training, and on its device.
+
+    What is going to be sharded over GPUs stays on the CPU until then, as it may be too large for one of them.
+    """
+    place = {} if plan.device.type == "cpu" or waits_to_be_sharded(plan) else {"device_map": {"": plan.device}}
     return load_model(source, dtype=name_of(dtype or plan.dtype), **place)
 
 

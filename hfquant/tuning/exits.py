@@ -18,6 +18,7 @@ from ..lora.pooled import merge_exact
 from ..staging import staged
 from .base import load_base, quantized, remove
 from .request import Plan
+from .sharded import saved_whole
 
 NEAREST = "nearest"
 
@@ -35,8 +36,9 @@ def replace_base(model: PeftModel, base: Path) -> None:
 
 def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
     """Save the adapters; `base`: where the model they belong to will be found."""
+    state = saved_whole(model)
     if processes.rank() == 0:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the report's card takes its place
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..recipe_file import EvaluateSection, PushSection, RecipeFile, TrainSection
 from ..selftext import refusal
 from ..source import check_device, dtype_named, model_class, original_config, stored_dtype
 from ..staging import check_output
+from . import sharded
 from .trainers import Choice, choose
 
 _8BIT = ("adamw_8bit", "paged_adamw_8bit")
@@ -104,7 +106,7 @@ def plan(request: Request) -> Plan:
         check(text, tokenizer, model_config)
     dtype = dtype_named("auto" if train is None else train.dtype) or stored_dtype(request.model, model_config)
     device = _device(request.device)
-    return Plan(
+    found = Plan(
         recipe,
         str(request.model),
         out,
@@ -120,6 +122,7 @@ def plan(request: Request) -> Plan:
         choose(recipe, config, model_config, device),
         _asked(request),
     )
+    return sharded.check(found)
 
 
 def _asked(request: Request) -> dict[str, Any]:
@@ -213,6 +216,9 @@ def _device(asked: str | None) -> torch.device:
     from accelerate import PartialState
 
     # Told of the CPU, it joins processes that share one; it would take them for single ones otherwise.
-    state = PartialState(cpu=asked == "cpu" or not torch.accelerator.is_available())
+    cpu = asked == "cpu" or not torch.accelerator.is_available()
+    # What processes tell each other lies on the CPU, where NCCL, which is all they would have, does not go.
+    both = not cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    state = PartialState(cpu=cpu, **({"backend": "cuda:nccl,cpu:gloo"} if both else {}))
     check_device(asked)
     return torch.device(state.device if asked is None else asked)

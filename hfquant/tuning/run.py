@@ -23,6 +23,7 @@ from ..report import REPORT_NAME as QUANTIZED
 from ..report import peak_rss_mb, sizes, versions
 from ..source import copy_companions, load_model
 from ..staging import partial_folder, put_in_place
+from . import sharded
 from .attach import attach, size_of, start
 from .base import BASE, config_of, load_base, quantized, report_in
 from .exits import merge, merge_pooled, replace_base, save_adapter
@@ -44,7 +45,8 @@ def run(request: Request, tick: Tick) -> TuningReport:
     folder = partial_folder(chosen.out)
     state = State(folder, _same(request, chosen), request.resume)
     try:
-        return _carry_out(Work(chosen, state, tick), chosen, folder)
+        with sharded.settled():
+            return _carry_out(Work(chosen, state, tick), chosen, folder)
     finally:
         state.close()
 
@@ -85,6 +87,7 @@ def _same(request: Request, chosen: Plan) -> dict[str, Any]:
         "eval_data": None if chosen.evaluate is None else chosen.evaluate.data,
         "changes": chosen.changes,
         "processes": processes.world(),
+        "sharding": sharded.is_sharded(),
     }
 
 

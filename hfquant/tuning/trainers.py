@@ -22,6 +22,7 @@ from ..eval.perplexity import evaluating
 from ..optional_packages import installed_version
 from ..recipe_file import RecipeFile
 from ..source import empty_model
+from . import sharded
 
 OLDEST = "1.0"
 """Of TRL; older versions have other arguments."""
@@ -72,6 +73,8 @@ def _why_not(recipe: RecipeFile, config: HfQuantConfig | None, model_config: Any
         return 'TRL is not installed: pip install "hfquant[trl]"'
     if Version(found) < Version(OLDEST):
         return f'TRL {found} is older than {OLDEST}: pip install "hfquant[trl]"'
+    if sharded.is_sharded():
+        return "it takes the whole weight of the output layer, of which each process holds a part"
     try:
         from trl import SFTConfig, SFTTrainer  # noqa: F401 - an incompatible version is better found now than later
     except Exception as error:  # it patches and imports other libraries
@@ -111,6 +114,7 @@ def build(
         return _sft(model, given, rows, collate, callbacks)
     kind, extra = (Trainer, {}) if name == PLAIN else (DistillationTrainer, {"teacher": teacher})
     arguments = TrainingArguments(**given)
+    sharded.begin(arguments.device)
     return kind(model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks, **extra)
 
 

@@ -15,6 +15,7 @@ from ..conversations import MASK
 from ..errors import HfQuantError
 from ..lora.check import check_gradients
 from ..recipe_file import TrainSection
+from . import sharded
 from .request import Plan
 from .rows import Rows, collate
 from .trainers import as_it_was, build
@@ -131,6 +132,7 @@ def train(
         "first_loss": losses[0]["loss"],
         "last_loss": losses[-1]["loss"],
         "seconds": done.metrics["train_runtime"],
+        "sharded": sharded.megabytes(model),
     }
     return facts, losses
 

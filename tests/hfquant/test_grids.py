@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import hfquant  # noqa: F401  registers the grids of the core
 from hfquant.codebooks import FittedGrid
 from hfquant.errors import FormatError, SpecError
-from hfquant.grids import GRIDS, Codebook, FloatGrid, Grid, IntGrid, grid
+from hfquant.grids import GRIDS, Codebook, FloatGrid, Grid, IntGrid, _levels, grid, thresholds
 
 INTEGERS = [f"int{b}" for b in range(2, 9)] + [f"int{b}n" for b in range(2, 9)] + [f"uint{b}" for b in range(2, 9)]
 FLOATS = [f"e{e}m{m}" for e in range(1, 8) for m in range(7) if 3 <= 1 + e + m <= 8]
@@ -258,3 +258,15 @@ def test_a_codebook_may_come_from_a_plugin() -> None:
     finally:
         GRIDS.drop("test")
     assert "ternary" not in GRIDS
+
+
+@pytest.mark.parametrize("name", ["ue2m2", "nf4", "dyn4", "e3m2"])
+def test_levels_have_values_where_models_are_made_without_any(name):
+    """Checkpoints are loaded under the meta device; what is cached there serves the whole process."""
+    _levels.cache_clear()
+    thresholds.cache_clear()
+    with torch.device("meta"):
+        seen = grid(name)
+        assert seen.signed == (not name.startswith("u")) and seen.levels().device.type == "cpu"
+        assert thresholds(seen).device.type == "cpu"
+    assert torch.equal(seen.encode(seen.levels()).int(), torch.arange(seen.size, dtype=torch.int32))
