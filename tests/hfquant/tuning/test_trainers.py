@@ -201,6 +201,15 @@ def test_what_trl_cannot_do_is_said(recipe, bare, text, monkeypatch):
     assert found is not None and found.name == PLAIN and "TRL 0.29.1 is older than 1.0" in found.because
 
 
+def test_weights_that_are_spread_over_processes_are_trained_by_transformers(recipe, bare, text, monkeypatch):
+    monkeypatch.setattr(trainers.sharded, "is_sharded", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    found = chosen(recipe, bare, text)
+    assert found.name == PLAIN and "each process holds a part" in found.because
+    with pytest.raises(SpecError, match="trainer: trl, and .* each process holds a part"):
+        chosen(recipe, bare, text, trainer="trl")
+
+
 def test_training_through_quantization_has_its_own_trainer(recipe, bare, text):
     for distill, name in ((True, DISTILL), (False, PLAIN)):
         sections = {"lora": None, "qat": {"distill": distill}}
