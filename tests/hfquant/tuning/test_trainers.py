@@ -206,7 +206,7 @@ def test_weights_that_are_spread_over_processes_are_trained_by_transformers(reci
     monkeypatch.setenv("FSDP_VERSION", "2")
     found = chosen(recipe, bare, text)
     assert found.name == PLAIN and "each process holds a part" in found.because
-    with pytest.raises(SpecError, match="trainer: trl, and .* each process holds a part"):
+    with pytest.raises(SpecError, match=r"trainer: trl, and .* each process holds a part"):
         chosen(recipe, bare, text, trainer="trl")
 
 
