@@ -13,13 +13,13 @@ namespace {
 
 // Levels as bfloat16, one table of whole numbers and two of their low and high bytes.
 struct Levels {
-    alignas(64) bf16 words[32];
+    alignas(64) bf16 words[64];
     alignas(64) uint8_t low[256], high[256];
 
     explicit Levels(const hfq_weight &w) {
         for (int code = 0; code < 256; code++) {
             const bf16 level = to_bf16(w.levels[code & ((1 << w.bits) - 1)]);
-            if (code < 32) words[code] = level;
+            if (code < 64) words[code] = level;
             low[code] = uint8_t(level);
             high[code] = uint8_t(level >> 8);
         }
@@ -88,9 +88,11 @@ struct ByteTable {
     }
 };
 
-// Codes of any other width: the two bytes of a level are looked up apart and interleaved. In 128-bit part q, the first
-// vector holds columns 16 q to 16 q + 7 of the chunk and the second one the eight columns behind them.
-template <int BITS>
+// Codes of any other width. In 128-bit part q, the first vector holds columns 16 q to 16 q + 7 of the chunk and the second
+// one the eight columns behind them. Up to six bits, a lookup of words needs no more than the code in the lowest bits of
+// each: of 16 columns, those of the first vector are brought into the lower bytes of the words, the others into the upper
+// ones. The two bytes of levels of wider codes are looked up apart and interleaved.
+template <int BITS, bool WORDS = BITS <= 6>
 struct Bytes {
     static constexpr int COLUMNS = 64, BYTES = 8 * BITS, VECTORS = 2, LANE = 16, LANES_TOGETHER = 4;
     ByteTable<BITS> low, high;
@@ -102,6 +104,41 @@ struct Bytes {
         const __m512i l = low(codes), h = high(codes);
         to[0] = _mm512_unpacklo_epi8(l, h);
         to[1] = _mm512_unpackhi_epi8(l, h);
+    }
+};
+
+template <int BITS>
+struct Bytes<BITS, true> {
+    static constexpr int COLUMNS = 64, BYTES = 8 * BITS, VECTORS = 2, LANE = 16, LANES_TOGETHER = 4;
+    __m512i first, second;  // the same levels over and over, so that bits above a code do not matter
+
+    explicit Bytes(const Levels &levels)
+        : first(_mm512_load_si512(levels.words)), second(_mm512_load_si512(levels.words + 32)) {}
+
+    void decode(__m512i packed, __m512i *to) const {
+        struct Tables {
+            alignas(64) uint8_t byte[64] = {}, shift[64] = {};
+            constexpr Tables() {
+                // In each 64-bit part, four columns in the lower half of its bits and the eighth ones behind them in the
+                // upper half; both begin within a byte.
+                for (int i = 0; i < 64; i++) {
+                    const int lower = (i / 16 * 16 + i % 16 / 8 * 4) * BITS, upper = lower + 8 * BITS;
+                    byte[i] = uint8_t((i % 8 < 4 ? lower / 8 + i % 4 : upper / 8 + i % 4) & 63);
+                    const int skip = i % 8 / 2 * BITS;
+                    shift[i] = uint8_t(i % 2 ? 32 + upper % 8 + skip : lower % 8 + skip);
+                }
+            }
+        };
+        static constexpr Tables tables;
+        const __m512i parts = _mm512_permutexvar_epi8(_mm512_load_si512(tables.byte), packed);
+        const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shift), parts);
+        to[0] = look_up(codes);
+        to[1] = look_up(_mm512_srli_epi16(codes, 8));
+    }
+
+  private:
+    __m512i look_up(__m512i codes) const {
+        return BITS == 6 ? _mm512_permutex2var_epi16(first, codes, second) : _mm512_permutexvar_epi16(codes, first);
     }
 };
 

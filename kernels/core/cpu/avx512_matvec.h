@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int MATVEC_ROWS = 4;      // most rows of inputs: more are worth a buffer of decoded weights
-constexpr int64_t AHEAD = 4096;     // bytes that codes are asked for before they are needed
+constexpr int64_t AHEAD = 2048;     // bytes that codes are asked for before they are needed
 
 // Inputs as the kernels want them: what belongs to a chunk lies together, so that one pointer walks through all rows.
 struct Arranged {
@@ -18,19 +18,33 @@ struct Arranged {
     int64_t chunks;
 };
 
-// Scales and zero points of the last four rows that were asked for: those of the next rows are made while the current
-// ones are worked on, since reading what was only just written in other portions would stall.
+// A thread works on two rows at a time, which share what is read of the inputs: one of the first half of its rows and one
+// of the second, so that it reads two parts of memory from their beginnings to their ends. Of an odd number of rows the
+// last one of the first half has no partner but itself.
+struct Pairs {
+    const int64_t half, end, last;
+
+    explicit Pairs(Share rows) : half((rows.last - rows.first + 1) / 2), end(rows.first + half), last(rows.last) {}
+    int64_t partner(int64_t n) const { return n + half < last ? n + half : n; }
+};
+
+// Scales and zero points of the last two pairs that were asked for: those of the next pair are made while the current one
+// is worked on, since reading what was only just written in other portions would stall.
 struct Parameters {
     static constexpr int64_t ROWS = 4;
     const RowParameters &row;
-    float *memory;  // [ROWS, 2, slots]
+    float *memory;  // [2, 2, 2, slots]
     int64_t slots;
 
-    float *scale(int64_t n) const { return memory + n % ROWS * 2 * slots; }
-    float *zero(int64_t n) const { return scale(n) + slots; }
+    float *scale(int64_t n, int which) const { return memory + (n % 2 * 2 + which) * 2 * slots; }
+    float *zero(int64_t n, int which) const { return scale(n, which) + slots; }
 
     // Zero points become offsets where sums are multiplied, not weights.
-    void prepare(int64_t n, bool as_offsets) const { row.load(n, scale(n), zero(n), as_offsets); }
+    void prepare(const Pairs &pairs, int64_t n, bool as_offsets) const {
+        if (n >= pairs.end) return;
+        row.load(n, scale(n, 0), zero(n, 0), as_offsets);
+        row.load(pairs.partner(n), scale(n, 1), zero(n, 1), as_offsets);
+    }
 };
 
 template <int M>
@@ -41,6 +55,7 @@ inline void write_row(const Problem &p, int64_t n, const __m512 *total) {
     }
 }
 
+// Two rows of weights share what is read of the inputs; the last one of an odd number is its own partner.
 template <class Codes, Spread HOW, bool ZERO, int M>
 void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scales, const Arranged &in, Share rows,
                  const Parameters &parameters) {
@@ -48,37 +63,53 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
     const hfq_weight &w = p.weight;
     // Chunks whose load of 64 bytes stays inside the row.
     const int64_t whole = w.row_bytes < 64 ? 0 : (w.row_bytes - 64) / Codes::BYTES + 1;
-    if (rows.first < rows.last) parameters.prepare(rows.first, true);
-    for (int64_t n = rows.first; n < rows.last; n++) {
-        if (n + 1 < rows.last) parameters.prepare(n + 1, true);
-        Walk factors(scales, parameters.scale(n)), offsets(scales, parameters.zero(n));
-        __m512 total[M];
-        for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+    const Pairs pairs(rows);
+    parameters.prepare(pairs, rows.first, true);
+    for (int64_t n = rows.first; n < pairs.end; n++) {
+        parameters.prepare(pairs, n + 1, true);
+        const int64_t partner = pairs.partner(n);
+        Walk factors[2] = {Walk(scales, parameters.scale(n, 0)), Walk(scales, parameters.scale(n, 1))};
+        Walk offsets[2] = {Walk(scales, parameters.zero(n, 0)), Walk(scales, parameters.zero(n, 1))};
+        __m512 total[2][M];
+        for (int m = 0; m < M; m++) total[0][m] = total[1][m] = _mm512_setzero_ps();
         const uint8_t *from = w.codes + n * w.row_bytes;
+        const int64_t apart = (partner - n) * w.row_bytes;
         const bf16 *x = in.x;
         const float *sums = in.sums;
-        const auto step = [&](__m512i packed) {
-            __m512i weights[Codes::VECTORS];
-            codes.decode(packed, weights);
-            const __m512 factor = factors.next();
-            const __m512 offset = ZERO ? offsets.next() : _mm512_setzero_ps();
+        const auto step = [&](__m512i one, __m512i two) {
+            __m512i weights[2][Codes::VECTORS];
+            codes.decode(one, weights[0]);
+            codes.decode(two, weights[1]);
+            __m512 factor[2], offset[2];
+            for (int r = 0; r < 2; r++) {
+                factor[r] = factors[r].next();
+                if (ZERO) offset[r] = offsets[r].next();
+            }
             for (int m = 0; m < M; m++) {
-                __m512 sum = _mm512_setzero_ps();
-                for (int j = 0; j < Codes::VECTORS; j++)
-                    sum = _mm512_dpbf16_ps(sum, (__m512bh)weights[j], (__m512bh)_mm512_load_si512(x + 32 * (j * M + m)));
-                total[m] = _mm512_fmadd_ps(sum, factor, total[m]);
-                if (ZERO) total[m] = _mm512_fmadd_ps(offset, _mm512_load_ps(sums + 16 * m), total[m]);
+                __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                for (int j = 0; j < Codes::VECTORS; j++) {
+                    const __m512bh input = (__m512bh)_mm512_load_si512(x + 32 * (j * M + m));
+                    for (int r = 0; r < 2; r++) sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)weights[r][j], input);
+                }
+                for (int r = 0; r < 2; r++) total[r][m] = _mm512_fmadd_ps(sum[r], factor[r], total[r][m]);
+                if (!ZERO) continue;
+                const __m512 lanes = _mm512_load_ps(sums + 16 * m);
+                for (int r = 0; r < 2; r++) total[r][m] = _mm512_fmadd_ps(offset[r], lanes, total[r][m]);
             }
             x += Codes::COLUMNS * M;
             sums += 16 * M;
         };
         for (int64_t chunk = 0; chunk < whole; chunk++, from += Codes::BYTES) {
             _mm_prefetch(reinterpret_cast<const char *>(from + AHEAD), _MM_HINT_T0);
-            step(_mm512_loadu_si512(from));
+            _mm_prefetch(reinterpret_cast<const char *>(from + apart + AHEAD), _MM_HINT_T0);
+            step(_mm512_loadu_si512(from), _mm512_loadu_si512(from + apart));
         }
-        for (int64_t chunk = whole; chunk < in.chunks; chunk++, from += Codes::BYTES)
-            step(load_bytes(from, w.row_bytes - chunk * Codes::BYTES));
-        write_row<M>(p, n, total);
+        for (int64_t chunk = whole; chunk < in.chunks; chunk++, from += Codes::BYTES) {
+            const int64_t left = w.row_bytes - chunk * Codes::BYTES;
+            step(load_bytes(from, left), load_bytes(from + apart, left));
+        }
+        write_row<M>(p, n, total[0]);
+        write_row<M>(p, partner, total[1]);
     }
 }
 
@@ -89,15 +120,13 @@ void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arrang
                    const Parameters &parameters) {
     const hfq_weight &w = p.weight;
     const int64_t whole = w.row_bytes / Nibbles::BYTES;
-    const auto prepare = [&](int64_t n) {
-        for (int64_t r = n; r < n + 2 && r < rows.last; r++) parameters.prepare(r, false);
-    };
-    prepare(rows.first);
-    for (int64_t n = rows.first; n < rows.last; n += 2) {
-        prepare(n + 2);
-        const int64_t partner = n + 1 < rows.last ? n + 1 : n;
-        ScaledNibbles<GROUPS> first(scales, w.levels, parameters.scale(n), parameters.zero(n), 0);
-        ScaledNibbles<GROUPS> second(scales, w.levels, parameters.scale(partner), parameters.zero(partner), 0);
+    const Pairs pairs(rows);
+    parameters.prepare(pairs, rows.first, false);
+    for (int64_t n = rows.first; n < pairs.end; n++) {
+        parameters.prepare(pairs, n + 1, false);
+        const int64_t partner = pairs.partner(n);
+        ScaledNibbles<GROUPS> first(scales, w.levels, parameters.scale(n, 0), parameters.zero(n, 0), 0);
+        ScaledNibbles<GROUPS> second(scales, w.levels, parameters.scale(n, 1), parameters.zero(n, 1), 0);
         __m512 part[2][M][2];  // one chain of sums would wait for itself
 #pragma GCC unroll 8
         for (int i = 0; i < 2 * M; i++) part[0][i / 2][i % 2] = part[1][i / 2][i % 2] = _mm512_setzero_ps();
@@ -129,10 +158,10 @@ void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arrang
             const int64_t left = w.row_bytes - chunk * Nibbles::BYTES;
             step(load_bytes(from, left), load_bytes(from + apart, left));
         }
-        for (int64_t r = 0; r <= partner - n; r++) {
+        for (int r = 0; r < 2; r++) {
             __m512 total[M];
             for (int m = 0; m < M; m++) total[m] = _mm512_add_ps(part[r][m][0], part[r][m][1]);
-            write_row<M>(p, n + r, total);
+            write_row<M>(p, r ? partner : n, total);
         }
     }
 }
