@@ -31,13 +31,10 @@ int in_float(const Problem &p) {
     return gemm<InFloat>(p, x.data, width, 64, rows);
 }
 
-constexpr int64_t NEAREST = 40 << 10;  // bytes that stay in the first-level cache
-
 template <class Many, class Codes>
 int in_bf16(const Problem &p) {
     const Levels levels(p.weight);
-    const bool near = p.m <= 2 || p.m * p.weight.k * int64_t(sizeof(bf16)) <= NEAREST;  // inputs are read for every row
-    return p.m <= MATVEC_ROWS && near ? matvec<Codes>(p, Codes(levels)) : Many::template run<Codes>(p, levels);
+    return p.m <= MATVEC_ROWS ? matvec<Codes>(p, Codes(levels)) : Many::template run<Codes>(p, levels);
 }
 
 template <class Many, int BITS, class Codes = Bytes<BITS>>

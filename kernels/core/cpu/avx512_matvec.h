@@ -99,6 +99,7 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
             x += Codes::COLUMNS * M;
             sums += 16 * M;
         };
+#pragma GCC unroll 4
         for (int64_t chunk = 0; chunk < whole; chunk++, from += Codes::BYTES) {
             _mm_prefetch(reinterpret_cast<const char *>(from + AHEAD), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char *>(from + apart + AHEAD), _MM_HINT_T0);
@@ -113,8 +114,8 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
     }
 }
 
-// The same for four-bit codes and more than one row of inputs, with scaled tables: weights are rounded to bfloat16. Two
-// rows of weights share what is read of the inputs; the last one of an odd number is its own partner.
+// The same for four-bit codes with zero points and more than one row of inputs, with scaled tables: weights are rounded to
+// bfloat16, which costs less than to take zero points back from every sum.
 template <int GROUPS, int M>
 void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arranged &in, Share rows,
                    const Parameters &parameters) {
@@ -169,7 +170,7 @@ void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arrang
 template <class Codes, Spread HOW, bool ZERO>
 void matvec_any(const Problem &p, const Codes &codes, const Scales<Codes> &scales, const Arranged &in, Share rows,
                 const Parameters &parameters) {
-    if constexpr (Codes::VECTORS == 4) {
+    if constexpr (Codes::VECTORS == 4 && ZERO) {
         switch (p.m > 1 ? 10 * scaled_groups(scales) + p.m : 0) {
 #define CASE(GROUPS, M) \
     case 10 * GROUPS + M: return matvec_scaled<GROUPS, M>(p, scales, in, rows, parameters);

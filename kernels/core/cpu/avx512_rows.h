@@ -78,19 +78,22 @@ class RowParameters {
         } else {
             const int64_t size = w.scale_type == HFQ_FLOAT32 ? 4 : 2;
             ask(static_cast<const uint8_t *>(w.scale) + start * size, groups * size);
-            for (int64_t g = 0; g < groups; g += 16)
-                _mm512_storeu_ps(scale + g, load_floats(w.scale, start + g, groups - g, w.scale_type));
+            widen(w.scale, start, w.scale_type, scale);
         }
         if (!w.zero) return;
         const int64_t bytes = ceil_div(groups * w.zero_bits, 8);
         const uint8_t *from = w.zero + row / w.scale_height * bytes;
         ask(from, bytes);
+        if (w.zero_bits > 8)
+            widen(from, 0, w.zero_type, zero);
+        else if (w.zero_bits == 4)
+            nibbles(from, zero);
+        else
+            for (int64_t g = 0; g < groups; g++) zero[g] = float(code_at(from, g, w.zero_bits));
+        if (!as_offsets) return;
         for (int64_t g = 0; g < groups; g += 16) {
-            const __m512 zeros = w.zero_bits > 8    ? load_floats(from, g, groups - g, w.zero_type)
-                                 : w.zero_bits == 4 ? nibbles(from + g / 2, groups - g)
-                                                    : others(from, g);
-            const __m512 offsets = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), zeros), _mm512_loadu_ps(scale + g));
-            _mm512_storeu_ps(zero + g, as_offsets ? offsets : zeros);
+            const __m512 less = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(zero + g));
+            _mm512_storeu_ps(zero + g, _mm512_mul_ps(less, _mm512_loadu_ps(scale + g)));
         }
     }
 
@@ -121,20 +124,30 @@ class RowParameters {
         }
     }
 
-    // Up to 16 zero points of four bits.
-    static __m512 nibbles(const uint8_t *from, int64_t count) {
-        const __mmask16 there = count >= 16 ? __mmask16(0xFF) : __mmask16((1u << (count + 1) / 2) - 1);
-        const __m128i bytes = _mm_maskz_loadu_epi8(there, from);
-        const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15));
-        const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
+    // The numbers from element `start` on as float32. What they are is asked once, not for every vector.
+    void widen(const void *from, int64_t start, int type, float *to) const {
+        int64_t g = 0;
+        if (type == HFQ_BFLOAT16) {
+            const uint16_t *numbers = static_cast<const uint16_t *>(from) + start;
+            for (; g + 16 <= groups; g += 16) {
+                const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(numbers + g));
+                _mm512_storeu_ps(to + g, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16)));
+            }
+        }
+        for (; g < groups; g += 16) _mm512_storeu_ps(to + g, load_floats(from, start + g, groups - g, type));
     }
 
-    // Up to 16 zero points of any width, from number `first` on.
-    __m512 others(const uint8_t *from, int64_t first) const {
-        alignas(64) float values[16] = {};
-        for (int64_t i = 0; i < 16 && first + i < groups; i++) values[i] = float(code_at(from, first + i, w.zero_bits));
-        return _mm512_load_ps(values);
+    // Zero points of four bits: 32 at a time, as far as they go.
+    void nibbles(const uint8_t *from, float *to) const {
+        for (int64_t g = 0; g < groups; g += 32, from += 16) {
+            const int64_t rest = (groups - g + 1) / 2;
+            const __m128i bytes = rest >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(from))
+                                             : _mm_maskz_loadu_epi8(__mmask16((1u << rest) - 1), from);
+            const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+            const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+            _mm512_storeu_ps(to + g, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high))));
+            _mm512_storeu_ps(to + g + 16, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high))));
+        }
     }
 };
 
