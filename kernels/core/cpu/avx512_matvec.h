@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int MATVEC_ROWS = 4;      // most rows of inputs: more are worth a buffer of decoded weights
+constexpr int64_t NEAR = 20 << 10;  // numbers of inputs that stay in the first-level cache
 constexpr int64_t AHEAD = 2048;     // bytes that codes are asked for before they are needed
 
 // Inputs as the kernels want them: what belongs to a chunk lies together, so that one pointer walks through all rows.
@@ -114,8 +115,8 @@ void matvec_rows(const Problem &p, const Codes &codes, const Scales<Codes> &scal
     }
 }
 
-// The same for four-bit codes with zero points and more than one row of inputs, with scaled tables: weights are rounded to
-// bfloat16, which costs less than to take zero points back from every sum.
+// The same for four-bit codes and more than one row of inputs, with scaled tables: weights are rounded to bfloat16. That
+// costs less than to take zero points back from every sum, and waits less for inputs that lie in the second-level cache.
 template <int GROUPS, int M>
 void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arranged &in, Share rows,
                    const Parameters &parameters) {
@@ -170,8 +171,8 @@ void matvec_scaled(const Problem &p, const Scales<Nibbles> &scales, const Arrang
 template <class Codes, Spread HOW, bool ZERO>
 void matvec_any(const Problem &p, const Codes &codes, const Scales<Codes> &scales, const Arranged &in, Share rows,
                 const Parameters &parameters) {
-    if constexpr (Codes::VECTORS == 4 && ZERO) {
-        switch (p.m > 1 ? 10 * scaled_groups(scales) + p.m : 0) {
+    if constexpr (Codes::VECTORS == 4) {
+        switch (p.m > 1 && (ZERO || p.m * p.weight.k > NEAR) ? 10 * scaled_groups(scales) + p.m : 0) {
 #define CASE(GROUPS, M) \
     case 10 * GROUPS + M: return matvec_scaled<GROUPS, M>(p, scales, in, rows, parameters);
             CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(4, 2) CASE(4, 3) CASE(4, 4)
