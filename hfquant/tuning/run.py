@@ -54,6 +54,7 @@ def run(request: Request, tick: Tick) -> TuningReport:
 def _carry_out(work: Work, chosen: Plan, folder: Path) -> TuningReport:
     """All parts, and the output in its place."""
     report = work.run()
+    processes.barrier()  # others may still read what is moved now
     if processes.rank() == 0:
         finished = work.assemble()
         report = _illustrated(report, finished)
