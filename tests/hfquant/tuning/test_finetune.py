@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hfquant
+from hfquant import processes
 from hfquant.errors import SpecError
 from hfquant.eval import sequence_nll
 from hfquant.staging import partial_folder
@@ -192,6 +193,15 @@ def test_two_processes_learn_together(recipe, text, tmp_path):
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0.05, atol=2e-4)
+
+
+def test_the_output_is_moved_when_nobody_reads_it_and_found_when_all_go_on(recipe, text, tmp_path, monkeypatch):
+    """Processes meet before one of them moves the merged model, which the others load, and after that."""
+    there: list[bool] = []
+    monkeypatch.setattr(processes, "barrier", lambda: there.append((tmp_path / "out").exists()))
+    path = recipe(train={"steps": 1}, evaluate=None, exit="merge")
+    hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
+    assert there[-2:] == [False, True]
 
 
 def test_the_result_is_pushed(recipe, text, tmp_path):
