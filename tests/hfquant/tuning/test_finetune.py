@@ -19,6 +19,7 @@ from hfquant.errors import SpecError
 from hfquant.eval import sequence_nll
 from hfquant.staging import partial_folder
 from hfquant.testing.tiny import tiny_model
+from hfquant.tuning import run
 from hfquant.tuning.report import REPORT_NAME
 from hfquant.tuning.request import Request, plan
 from hfquant.tuning.rows import read_rows
@@ -197,11 +198,13 @@ def test_two_processes_learn_together(recipe, text, tmp_path):
 
 def test_the_output_is_moved_when_nobody_reads_it_and_found_when_all_go_on(recipe, text, tmp_path, monkeypatch):
     """Processes meet before one of them moves the merged model, which the others load, and after that."""
-    there: list[bool] = []
-    monkeypatch.setattr(processes, "barrier", lambda: there.append((tmp_path / "out").exists()))
+    happened: list[object] = []
+    load = run.load_base
+    monkeypatch.setattr(run, "load_base", lambda *given: (load(*given), happened.append("loaded"))[0])
+    monkeypatch.setattr(processes, "barrier", lambda: happened.append((tmp_path / "out").exists()))
     path = recipe(train={"steps": 1}, evaluate=None, exit="merge")
     hfquant.finetune(path, MODEL, tmp_path / "out", data=text)
-    assert there[-2:] == [False, True]
+    assert happened[-3:] == ["loaded", False, True]
 
 
 def test_the_result_is_pushed(recipe, text, tmp_path):
