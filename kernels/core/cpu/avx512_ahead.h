@@ -28,6 +28,10 @@ struct Ahead {
     }
 };
 
+struct Nothing {
+    void ask() const {}
+};
+
 // The next tile of inputs, in as many parts as it has rows; a part has a line for each of the `vectors` steps of a tile.
 class InputsAhead {
   public:

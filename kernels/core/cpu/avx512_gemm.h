@@ -133,21 +133,22 @@ inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, cons
     }
 }
 
-// sums [m, PANEL_ROWS] += all inputs x [m, width] times `rows` rows of weights over `count` columns from `start` on.
-template <class In>
-void multiply_panel(const typename In::Type *x, int64_t m, int64_t width, int64_t start, int64_t count,
-                    const typename In::Type *panel, int64_t depth, int64_t rows, CodesAhead codes, float *sums) {
-    const int64_t size = tile_inputs(m), vectors = count / In::LANES;
+// All tiles of inputs x [m, width], with LANES columns in a vector, next to each four of `rows` rows of a panel with `count`
+// columns from `start` on: `run(x, inputs, first, r, ahead)` multiplies `inputs` rows from `first` on with those from `r` on.
+template <int LANES, class Type, class Run>
+void each_tile(const Type *x, int64_t m, int64_t width, int64_t start, int64_t count, int64_t rows, CodesAhead codes,
+               const Run &run) {
+    const int64_t size = tile_inputs(m), after = start + count < width ? start + count : 0;
     const auto tile_at = [&](int64_t row, int64_t column) {
-        const InTile at(row, m, width, In::LANES);
+        const InTile at(row, m, width, LANES);
         return x + at.offset + column * at.stride;
     };
     for (int64_t first = 0; first < m; first += size) {
-        const int64_t together = m - first < size ? m - first : size, after = start + count < width ? start + count : 0;
-        InputsAhead inputs(first + size < m ? tile_at(first + size, start) : tile_at(0, after), together, vectors);
+        const int64_t together = m - first < size ? m - first : size;
+        const Type *own = tile_at(first, start);
+        InputsAhead inputs(first + size < m ? tile_at(first + size, start) : tile_at(0, after), together, count / LANES);
         for (int64_t r = 0; r < rows; r += TILE_ROWS)  // rows behind the last one are old ones, not used
-            tiles<In>(together, tile_at(first, start), panel + r * depth, vectors, {inputs.next(), codes.next()},
-                      sums + first * PANEL_ROWS + r);
+            run(own, together, first, r, Ahead{inputs.next(), codes.next()});
     }
 }
 
@@ -183,7 +184,11 @@ int gemm(const Problem &p, const typename In::Type *x, int64_t width, int64_t st
                     weights.decode(id, first + r, r, start, count,
                                    panel.data + r / TILE_ROWS * TILE_ROWS * depth + r % TILE_ROWS * In::LANES);
                 const CodesAhead next = panel_behind(w, first, height, start, depth, width, In::LANES);
-                multiply_panel<In>(x, p.m, width, start, count, panel.data, depth, rows, next, sums.data);
+                each_tile<In::LANES>(x, p.m, width, start, count, rows, next,
+                                     [&](const Type *own, int64_t inputs, int64_t m, int64_t r, Ahead ahead) {
+                                         tiles<In>(inputs, own, panel.data + r * depth, count / In::LANES, ahead,
+                                                   sums.data + m * PANEL_ROWS + r);
+                                     });
             }
             for (int64_t m = 0; m < p.m; m++)
                 for (int64_t r = 0; r < rows; r += 16)

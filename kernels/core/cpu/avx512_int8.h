@@ -29,8 +29,8 @@ inline __m512i dot_bytes(__m512i sums, __m512i bytes, __m512i signed_bytes) {
 
 // sums [T, 4], rows PANEL_ROWS apart, += the products of T rows of inputs, x [vectors, T, 64], with four rows of codes.
 // `codes(i, r)` gives vector i of row r.
-template <int T, class Codes>
-inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, Ahead ahead, int32_t *sums) {
+template <int T, class Codes, class Asks>
+inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, Asks ahead, int32_t *sums) {
     __m512i acc[T][TILE_ROWS] = {};
     for (int64_t i = 0; i < vectors; i++, x += T * 64) {
         ahead.ask();
@@ -51,8 +51,8 @@ inline void int_tile(const int8_t *x, int64_t vectors, const Codes &codes, Ahead
     }
 }
 
-template <class Codes>
-inline void int_tiles(int64_t inputs, const int8_t *x, int64_t vectors, const Codes &codes, Ahead ahead, int32_t *sums) {
+template <class Codes, class Asks>
+inline void int_tiles(int64_t inputs, const int8_t *x, int64_t vectors, const Codes &codes, Asks ahead, int32_t *sums) {
     switch (inputs) {
 #define CASE(T) \
     case T: return int_tile<T>(x, vectors, codes, ahead, sums);
@@ -189,33 +189,24 @@ struct IntResults {
 // sums [m, PANEL_ROWS] += all inputs times `rows` rows of a panel over `count` columns from `start` on.
 inline void multiply_int_panel(const IntInput &in, int64_t m, int64_t start, int64_t count, const uint8_t *panel, int64_t depth,
                                int64_t rows, CodesAhead codes, int32_t *sums) {
-    const int64_t size = tile_inputs(m), vectors = count / 64;
-    const auto tile_at = [&](int64_t row, int64_t column) {
-        const InTile at(row, m, in.width, 64);
-        return in.x.data + at.offset + column * at.stride;
+    const auto run = [&](const int8_t *x, int64_t inputs, int64_t first, int64_t r, Ahead ahead) {
+        const uint8_t *from = panel + r * depth;
+        const auto code = [&](int64_t i, int q) {
+            _mm_prefetch(reinterpret_cast<const char *>(from) + (i * TILE_ROWS + q) * 64 + SOON, _MM_HINT_T0);
+            return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64);
+        };
+        int_tiles(inputs, x, count / 64, code, ahead, sums + first * PANEL_ROWS + r);
     };
-    for (int64_t first = 0; first < m; first += size) {
-        const int64_t together = m - first < size ? m - first : size, after = start + count < in.width ? start + count : 0;
-        InputsAhead inputs(first + size < m ? tile_at(first + size, start) : tile_at(0, after), together, vectors);
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            const uint8_t *from = panel + r * depth;
-            const auto code = [&](int64_t i, int q) {
-                _mm_prefetch(reinterpret_cast<const char *>(from) + (i * TILE_ROWS + q) * 64 + SOON, _MM_HINT_T0);
-                return _mm512_load_si512(from + (i * TILE_ROWS + q) * 64);
-            };
-            int_tiles(together, tile_at(first, start), vectors, code, {inputs.next(), codes.next()}, sums + first * PANEL_ROWS + r);
-        }
-    }
+    each_tile<64>(static_cast<const int8_t *>(in.x.data), m, in.width, start, count, rows, codes, run);
 }
 
 // sums [m, PANEL_ROWS] += the inputs of one tile times rows of codes, read where they are stored.
 template <int BITS>
 void multiply_codes(const IntInput &in, int64_t m, const IntPanel<BITS> &codes, int64_t first, int64_t rows, int32_t *sums) {
-    const Lines none = {reinterpret_cast<const char *>(in.x.data), 0};
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
         const int64_t last = rows - 1;  // rows behind it are not there: results of theirs are not used
         const auto code = [&](int64_t i, int q) { return codes.load(first + (r + q < last ? r + q : last), i); };
-        int_tiles(m, in.x.data, in.width / 64, code, {none, none}, sums + r);
+        int_tiles(m, in.x.data, in.width / 64, code, Nothing(), sums + r);
     }
 }
 

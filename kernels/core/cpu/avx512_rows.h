@@ -1,5 +1,5 @@
 // Scales and zero points of a row, and inputs, as float32. Short groups have half as many scales as there are vectors of
-// weights, so this is hot. Whole vectors are written, up to 15 numbers behind the last one: masked stores cannot be
+// weights, so this is hot. Whole vectors are written, up to 31 numbers behind the last one: masked stores cannot be
 // read again at once.
 #pragma once
 
