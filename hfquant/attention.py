@@ -26,7 +26,7 @@ PRODUCTS = (("query", "key"), ("probability", "value"))
 OPERANDS = tuple(name for pair in PRODUCTS for name in pair)
 
 # Keywords that change what attention computes; the last two choose the keys of sparse attention.
-_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 Listener = Callable[[nn.Module, int, Tensor], Tensor]
 """Gets an attention module, which of its `PRODUCTS` it is, and the product; returns what takes its place."""
@@ -109,7 +109,7 @@ def attend(
     `query` [B, H, L, D], `key`, `value` [B, H', L', D] with H a multiple of H', `attention_mask` [B, 1, L, L'] to be
     added. Returns the output [B, L, H, D] and the probabilities [B, H, L, L'].
     """
-    if given := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
+    if given := [name for name in CHANGING if kwargs.get(name) is not None]:
         raise UnsupportedError(f"{type(module).__name__} uses {given[0]}, which attention={IMPLEMENTATION!r} has not")
     seen = module._modules.get(CHILD) or (lambda name, x: x)
     heads = query.shape[1] // key.shape[1]

@@ -228,8 +228,8 @@ def batches(
 def _samples(calibration: CalibrationData, tokenizer: Any, config: Any, model: Any) -> list[Tensor]:
     """The samples, each [L] of integers."""
     c, kind = calibration, kind_of(calibration.data)
-    generator = torch.Generator().manual_seed(c.seed)
     if kind == "tokens":
+        generator = torch.Generator().manual_seed(c.seed)
         given = [row for tensor in _tensors(c.data) for row in (tensor if tensor.ndim == 2 else tensor[None]).cpu()]
         return [given[n] for n in torch.randperm(len(given), generator=generator)[: c.samples].tolist()]
     if kind == SELF:

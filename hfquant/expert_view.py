@@ -80,9 +80,7 @@ class ExpertsView(torch.Tensor):
     def data(self) -> WeightView:
         """The values, which write back what is changed in them."""
         read, changes = self._read, self.changes  # a view that knew this one would be freed late
-        with torch._C.DisableTorchFunctionSubclass():
-            look = tuple(self.shape), self.dtype, self.device
-        self._handed_out = WeightView.of(*look, lambda: _dense(read(), changes), self._write)
+        self._handed_out = WeightView.of(*self._look(), lambda: _dense(read(), changes), self._write)
         return self._handed_out
 
     @data.setter
@@ -96,9 +94,11 @@ class ExpertsView(torch.Tensor):
 
     def changed(self, change: LowRank | Added) -> ExpertsView:
         """This weight with one more change."""
+        return ExpertsView.of(*self._look(), self._read, self._write, (*self.changes, change))
+
+    def _look(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         with torch._C.DisableTorchFunctionSubclass():
-            look = tuple(self.shape), self.dtype, self.device
-        return ExpertsView.of(*look, self._read, self._write, (*self.changes, change))
+            return tuple(self.shape), self.dtype, self.device
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ExpertsView(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -1,7 +1,7 @@
-"""Packed tensors under FSDP, which cuts frozen parameters into parts, and casts what it gathers on request.
+"""Tensors under FSDP, which cuts frozen parameters into parts, and casts what it gathers on request.
 
-Both would go unnoticed: a part of the codes is a tensor like any other, and a scale that was rounded is a scale. One
-tensor of each weight tells: FSDP takes all of them.
+Of packed tensors both would go unnoticed: a part of the codes is a tensor like any other, and a rounded scale is a scale.
+One tensor of each weight tells: FSDP takes all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ def witness_of(packed: dict[str, Tensor]) -> Witness:
     widest = max(floating, key=lambda name: packed[name].itemsize, default="codes")
     name = "codes" if packed["codes"].is_floating_point() else widest
     return name, packed[name].dtype
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from the parts of all processes, which all have to ask for it; others as they are."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found
 
 
 def check_gathered(tensor: Tensor, witness: Witness) -> None:

@@ -14,13 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .attention import CHANGING
 from .gpu import kv as gpu
 from .kv_states import States
 
 IMPLEMENTATION = "hfquant_kv"  # name among transformers' attention implementations
 _HELD = "_hfquant_states"
-# What sdpa has no use for may still be passed; these change the result.
-_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 def stand_ins(key: States, value: States) -> tuple[Tensor, Tensor]:
@@ -73,7 +72,7 @@ def why_not(
     """Reason why the kernel cannot attend to these states, or None."""
     if keys.packed is None or values.packed is None or keys.packed.tokens != values.packed.tokens:
         return "reads keys and values that are both quantized"
-    if unknown := [name for name in _UNKNOWN if given.get(name) is not None]:
+    if unknown := [name for name in CHANGING if given.get(name) is not None]:
         return f"has no {unknown[0]}"
     if dropout:
         return "has no dropout"

@@ -5,7 +5,6 @@ Triton and the kernels are imported when the first layer asks for them. AMD's GP
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernel import Bound, Kernel
+from ..optional_packages import is_installed
 from ..spec import PackedSpec, TensorSpec
 
 LAYOUTS = ("bytes", "dense")
@@ -24,7 +24,7 @@ OLDEST = (8, 0)  # the first with matrix instructions for bfloat16
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why there are no Triton kernels here, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         return "triton is not installed: pip install hfquant[triton]"
     try:
         launcher()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SpecError
 from ..experts import QExperts, expert_projections
+from ..gathered import whole
 
 ALL_LINEAR = "all-linear"
 _INSIDE = re.compile(r"\.base_layer(?=\.|$)")
@@ -58,7 +58,8 @@ def check_gradients(model: nn.Module, steps: int = 0) -> int:
     for layer, parameters in _trained(model):
         count += len(parameters)
         missing += [name for name, p in parameters.items() if p.grad is None]
-        grads = {name: _whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        # Of a gradient that is spread over processes the part of one of them may be zero, or nothing.
+        grads = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         broken += [name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())]
         still = [name for name, grad in grads.items() if not bool(grad.any())]
         if steps:
@@ -72,12 +73,6 @@ def check_gradients(model: nn.Module, steps: int = 0) -> int:
     if not count:
         raise SpecError("no parameter of an adapter is trained: attach one, and do not freeze it")
     return count
-
-
-def _whole(grad: Tensor) -> Tensor:
-    """A gradient that is spread over processes, put together: the part of one of them may be zero, or nothing."""
-    found: Tensor = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return found
 
 
 _ZERO = (

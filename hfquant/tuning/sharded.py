@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..errors import SpecError
+from ..gathered import whole
 
 if TYPE_CHECKING:
     from .request import Plan
@@ -166,12 +167,6 @@ def _held(parameter: Tensor) -> int:
     if isinstance(parameter, DTensor):
         return int(parameter.to_local().untyped_storage().nbytes())
     return parameter.numel() * parameter.element_size()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from the parts of all processes, which all have to ask for it; others as they are."""
-    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found
 
 
 def saved_whole(model: Any) -> dict[str, Tensor] | None:

@@ -21,8 +21,6 @@ from .rows import Rows, collate
 from .trainers import as_it_was, build
 
 _LOGGED = 500  # losses of a run, at most about so many
-
-
 _MEASURES = ("entropy", "mean_token_accuracy")  # what some trainers tell beside the loss
 
 
