@@ -1,7 +1,7 @@
 """Tensors under FSDP, which cuts frozen parameters into parts, and casts what it gathers on request.
 
-Of packed tensors both would go unnoticed: a part of the codes is a tensor like any other, a rounded scale is a scale. One
-tensor of each weight tells: FSDP takes all of them.
+Of packed tensors both would go unnoticed: a part of the codes is a tensor like any other, a rounded scale is a
+scale. One tensor of each weight tells: FSDP takes all of them.
 """
 
 from __future__ import annotations
