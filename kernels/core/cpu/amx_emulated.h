@@ -69,6 +69,11 @@ void tile_load(const void *from, int64_t stride) {
 }
 
 template <int T>
+void tile_stream(const void *from, int64_t stride) {
+    tile_load<T>(from, stride);
+}
+
+template <int T>
 void tile_store(void *to, int64_t stride) {
     const EmulatedTiles &tiles = with_tile<T>();
     for (int line = 0; line < tiles.config.lines[T]; line++)

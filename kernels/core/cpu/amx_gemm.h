@@ -2,20 +2,29 @@
 // call. Four tiles of sums are worked on together. All of a matrix is counted in steps of 64 bytes of its rows.
 #pragma once
 
-#include "amx_tiles.h"
-#include "common.h"
-#include "threads.h"
+#include "amx_inputs.h"
 
 #include <type_traits>
 
-#include <immintrin.h>
-
 namespace {
 
-constexpr int64_t WIDE_ROWS = 128;       // rows of weights that are decoded together
-constexpr int64_t WIDE_TILES = WIDE_ROWS / TILE_LINES;
-constexpr int64_t DEPTH = 16;            // steps of them: those of two tiles stay in the first-level cache
-constexpr int64_t INPUT_TILES = 64;      // that meet a panel together: these and their sums stay in the second-level cache
+constexpr int64_t TOGETHER = 2;          // tiles of rows, and of inputs, that are multiplied with each other
+constexpr int64_t WIDE_ROWS = 256;       // rows of weights that are decoded together, where there are many inputs:
+constexpr int64_t WIDE_TILES = WIDE_ROWS / TILE_LINES;  // DEPTH steps of them, and all sums, stay in the second-level cache
+constexpr int64_t INPUT_TILES = 64;      // of those that meet them together
+
+// Of few inputs all sums stay in registers, and decoded weights in the first-level cache:
+constexpr int64_t UNIT = 4;              // steps that are decoded together
+constexpr int64_t UNIT_LINE = UNIT * TILE_LINE, UNIT_BYTES = TILE_LINES * UNIT_LINE;
+
+// Rows of weights that are worked on together, for inputs of so many tiles.
+inline int64_t rows_together(int64_t inputs) { return (inputs > TOGETHER ? WIDE_TILES : TOGETHER) * TILE_LINES; }
+
+// Where lines of tiles go.
+struct TileLines {
+    uint8_t *at;
+    int64_t row, next;  // bytes from one row to the next, and from a line of a row to the next
+};
 
 // Two kinds of product: sums += a tile of weights times one of inputs.
 struct Bf16Tiles {
@@ -34,168 +43,231 @@ struct IntTiles {
     }
 };
 
-// Sixteen lines of sixteen numbers of four bytes.
-inline void transpose(__m512i *lines) {
-    __m512i pairs[16], fours[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(lines[i], lines[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(lines[i], lines[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)  // in part q of fours[i + j]: column 4 q + j of lines i to i + 3
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+// Registers: sums B a + b, weights 4 and 5, inputs 6 + b.
+template <int N, class Use>
+inline void each(const Use &use) {
+    if constexpr (N > 1) each<N - 1>(use);
+    use(std::integral_constant<int, N - 1>());
+}
+
+template <int A, int B>
+inline void zero_sums() {
+    each<A>([](auto a) { each<B>([&](auto b) { tile_zero<B * a + b>(); }); });
+}
+
+// Sums [B, A] in memory; those of two tiles of inputs are `next` bytes apart.
+template <int A, int B>
+inline void load_sums(const uint8_t *from, int64_t next) {
+    each<A>([&](auto a) { each<B>([&](auto b) { tile_load<B * a + b>(from + a * TILE_BYTES + b * next, TILE_LINE); }); });
+}
+
+template <int A, int B>
+inline void store_sums(uint8_t *to, int64_t next) {
+    each<A>([&](auto a) { each<B>([&](auto b) { tile_store<B * a + b>(to + a * TILE_BYTES + b * next, TILE_LINE); }); });
+}
+
+// The codes of some rows, asked for a few lines at a time while others are multiplied: all at once, they would keep the
+// core waiting.
+struct CodesBehind {
+    const char *row;
+    int64_t rows, row_bytes, bytes;  // `bytes` of each of them
+    int64_t lines;                   // at a time
+    int64_t at = 0;
+
+    void ask() {
+        for (int64_t i = 0; i < lines && rows > 0; i++) {
+            _mm_prefetch(row + at, _MM_HINT_T1);
+            at += TILE_LINE;
+            if (at < bytes) continue;
+            at = 0;
+            row += row_bytes;
+            rows--;
         }
-    for (int j = 0; j < 4; j++) {
-        const __m512i even_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
-        const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xDD);
-        const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xDD);
-        lines[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        lines[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        lines[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
-        lines[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
     }
-}
-
-// Tiles [steps, 16, 16] of four bytes, column by column, of up to 16 rows of inputs; rows that are not there are 0.
-inline void pack_inputs(const uint8_t *rows, int64_t stride, int64_t count, int64_t steps, uint8_t *to) {
-    for (int64_t step = 0; step < steps; step++, to += TILE_BYTES) {
-        __m512i lines[TILE_LINES];
-        for (int64_t r = 0; r < TILE_LINES; r++)
-            lines[r] = r < count ? _mm512_loadu_si512(rows + r * stride + step * TILE_LINE) : _mm512_setzero_si512();
-        transpose(lines);
-        for (int64_t r = 0; r < TILE_LINES; r++) _mm512_store_si512(to + r * TILE_LINE, lines[r]);
-    }
-}
-
-// Tiles with something between them, in bytes.
-template <class Byte>
-struct Spaced {
-    Byte *at;
-    int64_t next;
 };
 
-template <int A, int B, class Use>
-inline void each_sum(const Use &use) {
-    use(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
-    if constexpr (B > 1) use(std::integral_constant<int, 0>(), std::integral_constant<int, 1>());
-    if constexpr (A > 1) use(std::integral_constant<int, 1>(), std::integral_constant<int, 0>());
-    if constexpr (A > 1 && B > 1) use(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
-}
-
-// sums [B, A] (+)= A tiles of rows times B tiles of inputs over `steps`; `fresh`: there are no sums yet.
+// The sums += A tiles of rows times B tiles of inputs, of both `steps` that lie behind each other, tile after tile DEPTH
+// apart. The inputs stay in the first-level cache, and `ahead` is asked for: `lines` of the next ones in each step.
 template <class Kind, int A, int B>
-inline void multiply_tiles(Spaced<const uint8_t> weights, Spaced<const uint8_t> x, int64_t steps, Spaced<uint8_t> sums,
-                           bool fresh) {
-    const auto sum_of = [&](int a, int b) { return sums.at + a * TILE_BYTES + b * sums.next; };
-    each_sum<A, B>([&](auto a, auto b) {
-        if (fresh)
-            tile_zero<2 * a + b>();
-        else
-            tile_load<2 * a + b>(sum_of(a, b), TILE_LINE);
-    });
-    for (int64_t step = 0; step < steps; step++, weights.at += TILE_BYTES, x.at += TILE_BYTES) {
-        tile_load<6>(x.at, TILE_LINE);
-        tile_load<4>(weights.at, TILE_LINE);
+inline void multiply_block(const uint8_t *weights, const uint8_t *x, int64_t steps, const char *ahead, int64_t lines,
+                           CodesBehind &codes) {
+    constexpr int64_t APART = DEPTH * TILE_BYTES;
+    for (int64_t step = 0; step < steps; step++, x += TILE_BYTES) {
+        const uint8_t *w = weights + step * TILE_BYTES;
+        for (int64_t i = 0; i < lines; i++, ahead += TILE_LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+        codes.ask();
+        tile_load<6>(x, TILE_LINE);
+        tile_stream<4>(w, TILE_LINE);
         Kind::template add<0, 4, 6>();
         if constexpr (B > 1) {
-            tile_load<7>(x.at + x.next, TILE_LINE);
+            tile_load<7>(x + APART, TILE_LINE);
             Kind::template add<1, 4, 7>();
         }
         if constexpr (A > 1) {
-            tile_load<5>(weights.at + weights.next, TILE_LINE);
-            Kind::template add<2, 5, 6>();
+            tile_stream<5>(w + APART, TILE_LINE);
+            Kind::template add<B, 5, 6>();
         }
         if constexpr (A > 1 && B > 1) Kind::template add<3, 5, 7>();
     }
-    each_sum<A, B>([&](auto a, auto b) { tile_store<2 * a + b>(sum_of(a, b), TILE_LINE); });
 }
 
-// What a thread works in: a panel of weights [WIDE_TILES, DEPTH], sums [inputs, WIDE_TILES], both of tiles.
-struct Workspace {
-    const Buffer<uint8_t> panel, sums;
+template <int N>
+using Count = std::integral_constant<int, N>;
 
-    explicit Workspace(int64_t inputs)
-        : panel(WIDE_TILES * DEPTH * TILE_BYTES),
-          sums((inputs < INPUT_TILES ? inputs : INPUT_TILES) * WIDE_TILES * TILE_BYTES) {}
+// Calls `use` with how many tiles of rows and of inputs are multiplied with each other, as types.
+template <class Use>
+inline void with_counts(int64_t rows, int64_t inputs, const Use &use) {
+    if (rows > 1)
+        inputs > 1 ? use(Count<2>(), Count<2>()) : use(Count<2>(), Count<1>());
+    else
+        inputs > 1 ? use(Count<1>(), Count<2>()) : use(Count<1>(), Count<1>());
+}
 
-    bool ready() const { return panel.data && sums.data; }
-    uint8_t *line(int64_t r) const {
-        return panel.data + r / TILE_LINES * DEPTH * TILE_BYTES + r % TILE_LINES * TILE_LINE;
+// What one thread computes: the results of some rows of weights, which its worker knows:
+//   Kind                                        of its products
+//   ready()                                     whether there was memory for it
+//   STEP_BYTES                                  of codes in a row
+//   load(first, rows)                           get ready for rows of weights
+//   decode(r, count, step, steps, ahead, to)    up to 16 rows, from row r of these on; and ask for the codes `ahead` bytes
+//                                               behind theirs, if that is not 0
+//   write(m, sums)                              results of a row of inputs for these rows
+template <class Worker>
+class TileProduct {
+  public:
+    using Kind = typename Worker::Kind;
+    using Sum = typename Kind::Sum;
+
+    template <class Make>
+    TileProduct(const Problem &problem, const InputTiles &inputs, const Make &make, int thread)
+        : p(problem), x(inputs), worker(make(thread)), few(x.tiles <= TOGETHER), height(rows_together(x.tiles)),
+          panel(few ? 2 * height * UNIT_LINE : WIDE_TILES * DEPTH * TILE_BYTES),
+          sums((x.tiles < INPUT_TILES ? x.tiles : INPUT_TILES) * height * TILE_LINE) {}
+
+    bool ready() const { return panel.data && sums.data && worker.ready(); }
+
+    void run(Share mine) {
+        const TileSession session;
+        for (int64_t tile = 0; tile < x.tiles; tile += INPUT_TILES)
+            for (first = mine.first; first < mine.last; first += height) {
+                const int64_t inputs = x.tiles - tile < INPUT_TILES ? x.tiles - tile : INPUT_TILES;
+                rows = mine.last - first < height ? mine.last - first : height;
+                worker.load(first, rows);
+                if (few)
+                    with_counts(row_tiles(), inputs, [&](auto a, auto b) { this->template multiply_few<a, b>(); });
+                else
+                    for (int64_t step = 0; step < x.steps; step += DEPTH) multiply_many(tile, inputs, step);
+                for (int64_t i = 0; i < inputs; i++) write(tile, i);
+            }
     }
-    uint8_t *sum(int64_t input, int64_t row) const { return sums.data + (input * WIDE_TILES + row) * TILE_BYTES; }
+
+  private:
+    const Problem &p;
+    const InputTiles &x;
+    Worker worker;
+    const bool few;
+    const int64_t height;
+    const Buffer<uint8_t> panel;  // [WIDE_TILES, DEPTH] tiles, or [2, height, UNIT] lines
+    const Buffer<uint8_t> sums;   // [inputs, height / 16] tiles
+    int64_t first = 0, rows = 0;  // of the weights that are worked on, up to `height`
+
+    static constexpr int64_t AHEAD = (TILE_LINE + UNIT * Worker::STEP_BYTES - 1) / (UNIT * Worker::STEP_BYTES) * UNIT;
+
+    int64_t row_tiles() const { return ceil_div(rows, TILE_LINES); }
+
+    uint8_t *sum(int64_t input, int64_t row) const { return sums.data + input * height * TILE_LINE + row * TILE_BYTES; }
+
+    // Bytes from codes to those `steps` later, or where rows end before them, to those of the next rows.
+    int64_t ahead(int64_t step, int64_t steps) const {
+        return steps * Worker::STEP_BYTES + (step + steps < x.steps ? 0 : (height - 1) * p.weight.row_bytes);
+    }
+
+    // The codes that are decoded after those of `step`, in so many parts.
+    CodesBehind codes_behind(int64_t step, int64_t parts) const {
+        const bool along = step + DEPTH < x.steps;
+        const int64_t row = first + (along ? 0 : height), bytes = DEPTH * Worker::STEP_BYTES;
+        const int64_t count = p.weight.n - row < height ? p.weight.n - row : height;
+        const char *from = reinterpret_cast<const char *>(p.weight.codes) + row * p.weight.row_bytes;
+        return {from + (along ? (step + DEPTH) * Worker::STEP_BYTES : 0), count, p.weight.row_bytes, bytes,
+                ceil_div(count * ceil_div(bytes, TILE_LINE), parts)};
+    }
+
+    // Lines of a tile that are no rows hold anything: they have sums of their own, which are not used.
+    void decode(int64_t r, int64_t step, int64_t most, int64_t later, TileLines to) const {
+        const int64_t steps = x.steps - step < most ? x.steps - step : most, count = rows - r < TILE_LINES ? rows - r : TILE_LINES;
+        if (steps > 0) worker.decode(r, count, step, steps, later, to);
+    }
+
+    // All steps. A unit is multiplied after the next one is decoded: what was only just written would be waited for.
+    template <int A, int B>
+    void multiply_few() {
+        zero_sums<A, B>();
+        for (int64_t step = 0; step < x.steps + UNIT; step += UNIT) {
+            const int64_t before = step - UNIT;
+            uint8_t *to = panel.data + step / UNIT % 2 * height * UNIT_LINE;
+            for (int64_t r = 0; r < A * TILE_LINES; r += TILE_LINES)
+                decode(r, step, UNIT, ahead(step, AHEAD), {to + r * UNIT_LINE, UNIT_LINE, TILE_LINE});
+            const uint8_t *from = panel.data + before / UNIT % 2 * height * UNIT_LINE;
+            for (int64_t i = 0; before >= 0 && i < UNIT && before + i < x.steps; i++) {
+                each<B>([&](auto b) { tile_load<6 + b>(x.at(b, before + i), TILE_LINE); });
+                each<A>([&](auto a) {
+                    tile_load<4 + a % 2>(from + a * UNIT_BYTES + i * TILE_LINE, UNIT_LINE);
+                    each<B>([&](auto b) { Kind::template add<B * a + b, 4 + a % 2, 6 + b>(); });
+                });
+            }
+        }
+        store_sums<A, B>(sum(0, 0), height * TILE_LINE);
+    }
+
+    // DEPTH steps.
+    void multiply_many(int64_t tile, int64_t inputs, int64_t step) {
+        const int64_t steps = x.steps - step < DEPTH ? x.steps - step : DEPTH;
+        for (int64_t r = 0; r < rows; r += TILE_LINES)
+            decode(r, step, DEPTH, 0, {panel.data + r * DEPTH * TILE_LINE, TILE_LINE, TILE_BYTES});
+        const int64_t parts = ceil_div(row_tiles(), TOGETHER), blocks = parts * ceil_div(inputs, TOGETHER);
+        const int64_t lines = ceil_div(TOGETHER * TILE_LINES, parts);  // of inputs, for each step
+        CodesBehind codes = codes_behind(step, blocks * steps);
+        for (int64_t b = 0; b < inputs; b += TOGETHER) {
+            const char *next = reinterpret_cast<const char *>(x.at(tile + b + TOGETHER, step));
+            for (int64_t a = 0; a < row_tiles(); a += TOGETHER, next += lines * steps * TILE_LINE) {
+                with_counts(row_tiles() - a, inputs - b, [&](auto A, auto B) {
+                    if (step == 0)
+                        zero_sums<A, B>();
+                    else
+                        load_sums<A, B>(sum(b, a), height * TILE_LINE);
+                    multiply_block<Kind, A, B>(panel.data + a * DEPTH * TILE_BYTES, x.at(tile + b, step), steps, next, lines, codes);
+                    store_sums<A, B>(sum(b, a), height * TILE_LINE);
+                });
+            }
+        }
+    }
+
+    // Results of a tile of inputs.
+    void write(int64_t tile, int64_t input) {
+        alignas(64) Sum lines[TILE_LINES * WIDE_ROWS];
+        for (int64_t a = 0; a < row_tiles(); a++) {
+            __m512i turned[TILE_LINES];
+            for (int r = 0; r < TILE_LINES; r++) turned[r] = _mm512_load_si512(sum(input, a) + r * TILE_LINE);
+            transpose(turned);
+            for (int m = 0; m < TILE_LINES; m++) _mm512_store_si512(lines + m * WIDE_ROWS + a * TILE_LINES, turned[m]);
+        }
+        const int64_t row = (tile + input) * TILE_LINES;
+        for (int64_t m = 0; m < TILE_LINES && row + m < p.m; m++) worker.write(row + m, lines + m * WIDE_ROWS);
+    }
 };
 
-// The panel, `rows` tiles of it, times `inputs` tiles of inputs, which are `steps` apart, over `count` steps.
-template <class Kind>
-void multiply_panel(const Workspace &space, int64_t rows, const uint8_t *x, int64_t inputs, int64_t steps, int64_t count,
-                    bool fresh) {
-    for (int64_t a = 0; a < rows; a += 2)
-        for (int64_t b = 0; b < inputs; b += 2) {
-            const Spaced<const uint8_t> weights{space.line(a * TILE_LINES), DEPTH * TILE_BYTES};
-            const Spaced<const uint8_t> columns{x + b * steps * TILE_BYTES, steps * TILE_BYTES};
-            const Spaced<uint8_t> sums{space.sum(b, a), WIDE_TILES * TILE_BYTES};
-            const bool more_rows = a + 1 < rows, more_inputs = b + 1 < inputs;
-            const auto run = more_rows ? more_inputs ? multiply_tiles<Kind, 2, 2> : multiply_tiles<Kind, 2, 1>
-                                       : more_inputs ? multiply_tiles<Kind, 1, 2> : multiply_tiles<Kind, 1, 1>;
-            run(weights, columns, count, sums, fresh);
-        }
-}
-
-// Sums of a tile of inputs become lines [16, WIDE_ROWS], each of one row of inputs.
-template <class Sum>
-void gather_sums(const Workspace &space, int64_t input, int64_t rows, Sum *to) {
-    for (int64_t a = 0; a < rows; a++) {
-        __m512i lines[TILE_LINES];
-        for (int r = 0; r < TILE_LINES; r++) lines[r] = _mm512_load_si512(space.sum(input, a) + r * TILE_LINE);
-        transpose(lines);
-        for (int m = 0; m < TILE_LINES; m++) _mm512_store_si512(to + m * WIDE_ROWS + a * TILE_LINES, lines[m]);
-    }
-}
-
-// y = x W^T + bias with inputs [tiles, steps] from `pack_inputs`. `make(thread)` gives a worker:
-//   Kind                          of its products
-//   load(first, rows)             get ready for rows of weights
-//   decode(r, step, steps, to)    write steps of the row r of these, TILE_BYTES apart
-//   write(m, first, rows, sums)   results of a row of inputs
+// y = x W^T + bias. `make(thread)` gives a worker of `TileProduct`.
 template <class Make>
-int tile_gemm(const Problem &p, const uint8_t *x, int64_t steps, const Make &make) {
-    using Worker = decltype(make(0));
-    const int64_t tiles = ceil_div(p.m, TILE_LINES);
+int tile_gemm(const Problem &p, const InputTiles &x, const Make &make) {
     int failed = 0;
 #pragma omp parallel num_threads(p.threads)
     {
         const int id = omp_get_thread_num();
-        const Share mine(p.weight.n, TILE_LINES, id, omp_get_num_threads());
-        const Workspace space(tiles);
-        Worker worker = make(id);
-        const bool ready = space.ready() && worker.ready();
-        if (!ready) {
+        TileProduct<decltype(make(0))> product(p, x, make, id);
+        if (product.ready()) {
+            product.run(Share(p.weight.n, TILE_LINES, id, omp_get_num_threads()));
+        } else {
 #pragma omp atomic write
             failed = -1;
-        }
-        const TileSession session;
-        alignas(64) typename Worker::Kind::Sum lines[TILE_LINES * WIDE_ROWS];
-        for (int64_t b = 0; ready && b < tiles; b += INPUT_TILES) {
-            const int64_t inputs = tiles - b < INPUT_TILES ? tiles - b : INPUT_TILES;
-            for (int64_t first = mine.first; first < mine.last; first += WIDE_ROWS) {
-                const int64_t rows = mine.last - first < WIDE_ROWS ? mine.last - first : WIDE_ROWS;
-                const int64_t row_tiles = ceil_div(rows, TILE_LINES);
-                worker.load(first, rows);
-                for (int64_t step = 0; step < steps; step += DEPTH) {
-                    const int64_t count = steps - step < DEPTH ? steps - step : DEPTH;
-                    // Lines of the last tile that are no rows hold anything: they have sums of their own, not used.
-                    for (int64_t r = 0; r < rows; r++) worker.decode(r, step, count, space.line(r));
-                    multiply_panel<typename Worker::Kind>(space, row_tiles, x + (b * steps + step) * TILE_BYTES, inputs, steps, count,
-                                           step == 0);
-                }
-                for (int64_t i = 0; i < inputs; i++) {
-                    gather_sums(space, i, row_tiles, lines);
-                    const int64_t m = (b + i) * TILE_LINES, rest = p.m - m < TILE_LINES ? p.m - m : TILE_LINES;
-                    for (int64_t j = 0; j < rest; j++) worker.write(m + j, first, rows, lines + j * WIDE_ROWS);
-                }
-            }
         }
     }
     return failed;

@@ -60,6 +60,12 @@ inline void tile_load(const void *from, int64_t stride) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
 }
 
+// The same of what will not be read again soon: it takes no room in the first-level cache from what will.
+template <int T>
+inline void tile_stream(const void *from, int64_t stride) {
+    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
+}
+
 template <int T>
 inline void tile_store(void *to, int64_t stride) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(to), "r"(stride) : "memory");

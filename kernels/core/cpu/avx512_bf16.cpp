@@ -12,6 +12,11 @@ namespace {
 class Vectors {
   public:
     template <class Codes>
+    static int64_t matvec_rows(const hfq_weight &) {
+        return MATVEC_ROWS;
+    }
+
+    template <class Codes>
     static int run(const Problem &p, const Levels &levels) {
         return in_blocks(p, MOST_INPUTS, p.weight.k, p.weight.n, [&](const Problem &part) { return block<Codes>(part, levels); });
     }

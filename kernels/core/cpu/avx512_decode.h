@@ -114,6 +114,7 @@ struct Bytes<BITS, true> {
 
     explicit Bytes(const Levels &levels)
         : first(_mm512_load_si512(levels.words)), second(_mm512_load_si512(levels.words + 32)) {}
+    Bytes(__m512i one, __m512i two) : first(one), second(two) {}
 
     void decode(__m512i packed, __m512i *to) const {
         struct Tables {

@@ -34,7 +34,7 @@ int in_float(const Problem &p) {
 template <class Many, class Codes>
 int in_bf16(const Problem &p) {
     const Levels levels(p.weight);
-    return p.m <= MATVEC_ROWS ? matvec<Codes>(p, Codes(levels)) : Many::template run<Codes>(p, levels);
+    return p.m <= Many::template matvec_rows<Codes>(p.weight) ? matvec<Codes>(p, Codes(levels)) : Many::template run<Codes>(p, levels);
 }
 
 template <class Many, int BITS, class Codes = Bytes<BITS>>
@@ -42,7 +42,8 @@ int linear_of(const Problem &p) {
     return p.type == HFQ_BFLOAT16 && Scales<Codes>::fits(p.weight) ? in_bf16<Many, Codes>(p) : in_float<BITS>(p);
 }
 
-// `Many::run<Codes>(problem, levels)` multiplies more rows of bfloat16 inputs than `matvec` takes.
+// `Many::run<Codes>(problem, levels)` multiplies more rows of bfloat16 inputs than `Many::matvec_rows<Codes>(weight)`, up to
+// which `matvec` takes them.
 template <class Many>
 int linear_with(const Problem &p) {
     if (p.m == 0) return 0;

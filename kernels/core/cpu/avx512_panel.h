@@ -37,18 +37,18 @@ struct Bf16Rows : PanelScales {
 
     bool ready() const { return values.data && scales.index.data; }
 
-    void decode(int thread, int64_t row, int64_t r, int64_t start, int64_t count, bf16 *to) const {
+    void decode(int thread, int64_t row, int64_t r, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
         const float *s = scale(thread, r), *z = zero(thread, r);
         if constexpr (Codes::VECTORS == 4) {
             switch (scaled_groups(scales)) {
-                case 1: return lookup<1>(s, z, row, start, count, to);
-                case 2: return lookup<2>(s, z, row, start, count, to);
-                case 4: return lookup<4>(s, z, row, start, count, to);
+                case 1: return lookup<1>(s, z, row, start, count, to, apart);
+                case 2: return lookup<2>(s, z, row, start, count, to, apart);
+                case 4: return lookup<4>(s, z, row, start, count, to, apart);
             }
         }
-        if (scales.how == Spread::ONE) return multiply<Spread::ONE>(s, z, row, start, count, to);
-        if (scales.how == Spread::FEW) return multiply<Spread::FEW>(s, z, row, start, count, to);
-        return multiply<Spread::ANY>(s, z, row, start, count, to);
+        if (scales.how == Spread::ONE) return multiply<Spread::ONE>(s, z, row, start, count, to, apart);
+        if (scales.how == Spread::FEW) return multiply<Spread::FEW>(s, z, row, start, count, to, apart);
+        return multiply<Spread::ANY>(s, z, row, start, count, to, apart);
     }
 
   private:
@@ -60,7 +60,7 @@ struct Bf16Rows : PanelScales {
     }
 
     template <Spread HOW>
-    void multiply(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to) const {
+    void multiply(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
         using Walk = typename Scales<Codes>::template Walk<HOW>;
         const int64_t first = start / Codes::COLUMNS, last = (start + count) / Codes::COLUMNS;
         Walk factors(scales, s, first), offsets(scales, z, first);
@@ -68,7 +68,7 @@ struct Bf16Rows : PanelScales {
             const __m512 factor = factors.next(), offset = offsets.next();
             __m512i levels[Codes::VECTORS];
             codes.decode(chunk_of(row, chunk), levels);
-            for (int j = 0; j < Codes::VECTORS; j++, to += 32 * APART)
+            for (int j = 0; j < Codes::VECTORS; j++, to += 32 * apart)
                 _mm512_store_si512(to, scaled(levels[j], factor, offset));
         }
     }
@@ -86,13 +86,13 @@ struct Bf16Rows : PanelScales {
     }
 
     template <int GROUPS>
-    void lookup(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to) const {
+    void lookup(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
         const int64_t first = start / Codes::COLUMNS, last = (start + count) / Codes::COLUMNS;
         ScaledNibbles<GROUPS> nibbles(scales, w.levels, s, z, first);
         for (int64_t chunk = first; chunk < last; chunk++) {
             __m512i values[4];
             nibbles.decode(chunk_of(row, chunk), values);
-            for (int j = 0; j < 4; j++, to += 32 * APART) _mm512_store_si512(to, values[j]);
+            for (int j = 0; j < 4; j++, to += 32 * apart) _mm512_store_si512(to, values[j]);
         }
     }
 };
