@@ -22,7 +22,7 @@ from hfquant import cpu
 from hfquant.blocks import Blocks
 from hfquant.build import LIBRARY as FILE
 from hfquant.build import Build, build_library, cpu_folder, find_compiler
-from hfquant.cpu import linear
+from hfquant.cpu import gradient, linear
 from hfquant.cpu.inputs import MOST_COLUMNS
 from hfquant.errors import UnsupportedError
 from hfquant.qtensor import QTensor
@@ -31,6 +31,7 @@ from hfquant.spec import InputSpec, PackedSpec, TensorSpec
 from .problems import (
     BOUND,
     WORST_INT,
+    WORST_LEVELS,
     assert_close,
     assert_grid_product,
     assert_int_product,
@@ -39,6 +40,7 @@ from .problems import (
     error,
     grid_problems,
     int_problems,
+    normal,
     packed,
     problems,
     random_weight,
@@ -73,7 +75,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> cpu.Library:
 @pytest.fixture(scope="module", autouse=True)
 def in_use(emulated: cpu.Library) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "library", lambda: emulated)
+        for module in (linear, gradient):
+            patch.setattr(module, "library", lambda: emulated)
         yield
 
 
@@ -173,6 +176,26 @@ def test_values_that_are_not_numbers_stay_in_their_rows(kind: str) -> None:
     assert y[[*range(3), *range(4, 19)]].isfinite().all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(st.integers(1, 70), [torch.bfloat16]))
+def test_gradients_are_those_of_the_dequantized_weight(problem: tuple) -> None:
+    q, layout, x, _ = problem
+    tensors, spec = packed(q, layout)
+    grad = normal(len(x), q.shape[0]).bfloat16()
+    assert_close(cpu.input_grad(grad, tensors, spec), grad, q.dequantize().T, None, WORST_LEVELS)
+
+
+# As above: rows of weights are what is added up here, 32 of them a step, and their columns come in panels.
+@pytest.mark.parametrize("shape", [(5, 32, 16), (33, 1100, 130), (70, 2100, 300), (1056, 70, 600)], ids=str)
+@pytest.mark.parametrize("grid", ["nf4", "uint4", "int3", "e4m3"])
+def test_large_gradients(grid: str, shape: tuple[int, int, int]) -> None:
+    rows, n, k = shape
+    q = random_weight((n, k), TensorSpec(grid, Blocks(1, 32), grid == "uint4"), 0)
+    tensors, spec = packed(q, "dense" if q.spec.numbers().bits < 8 else "bytes")
+    grad = normal(rows, n).bfloat16()
+    assert_close(cpu.input_grad(grad, tensors, spec), grad, q.dequantize().T, None, WORST_LEVELS)
+
+
 # ---- the real instructions
 
 
@@ -197,13 +220,16 @@ PRODUCTS = {"tdpbf16ps": (0b10, 0x5C), "tdpbusd": (0b01, 0x5E)}  # F3 and 66 in 
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_the_machine_code_has_the_products_with_weights_as_first_operand(real: tuple[Build, Path], name: str) -> None:
-    """Of `tdpbusd` the first operand is the unsigned one: registers 4 and 5 hold weights, 6 and 7 inputs."""
+def test_the_machine_code_has_the_products_with_the_right_operand_first(real: tuple[Build, Path], name: str) -> None:
+    """Of `tdpbusd` the first operand is the unsigned one: registers 4 and 5 hold weights, 6 and 7 inputs.
+
+    Gradients, which are products of bfloat16 alone, have it the other way round.
+    """
     build, library = real
     code, there = library.read_bytes(), "amx.cpp" in build.sources
     for sums, (weights, inputs) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)]):
         assert (encoded(*PRODUCTS[name], sums, weights, inputs) in code) == there
-        assert encoded(*PRODUCTS[name], sums, inputs, weights) not in code
+        assert (encoded(*PRODUCTS[name], sums, inputs, weights) in code) == (there and name == "tdpbf16ps")
     configure, release = rb"\xc4\xe2\x78\x49[^\xc0]", rb"\xc4\xe2\x78\x49\xc0"
     assert all((re.search(pattern, code) is not None) == there for pattern in (configure, release))
 

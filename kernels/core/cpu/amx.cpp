@@ -2,8 +2,8 @@
 // AMX (Sapphire Rapids and later): many rows of bfloat16 or integer inputs are multiplied in tiles. Their
 // products are so much faster than those of vectors that a tile is worth it for a few rows.
 // All else is the code for AVX-512.
+#include "amx_gradient.h"
 #include "amx_workers.h"
-#include "avx512_gradient.h"
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
 #include "grid_input.h"
@@ -89,7 +89,7 @@ int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_b
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad};
+const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad_with_tiles};
 
 }  // namespace
 

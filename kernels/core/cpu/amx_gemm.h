@@ -86,25 +86,28 @@ struct CodesBehind {
     }
 };
 
-// The sums += A tiles of rows times B tiles of inputs, of both `steps` that lie behind each other, tile after tile DEPTH
-// apart. The inputs stay in the first-level cache, and `ahead` is asked for: `lines` of the next ones in each step.
+// Decoded weights, and bytes from a tile to that of the next step, and to that of the next rows.
+struct Panel {
+    const uint8_t *at;
+    int64_t step, next;
+};
+
+// The sums += A tiles of rows times B tiles of inputs over `steps`. The inputs stay in the first-level cache, and `ahead` is
+// asked for: `lines` of the next ones in each step.
 template <class Kind, int A, int B>
-inline void multiply_block(const uint8_t *weights, const uint8_t *x, int64_t steps, const char *ahead, int64_t lines,
-                           CodesBehind &codes) {
-    constexpr int64_t APART = DEPTH * TILE_BYTES;
-    for (int64_t step = 0; step < steps; step++, x += TILE_BYTES) {
-        const uint8_t *w = weights + step * TILE_BYTES;
+inline void multiply_block(Panel w, const uint8_t *x, int64_t steps, const char *ahead, int64_t lines, CodesBehind &codes) {
+    for (int64_t step = 0; step < steps; step++, w.at += w.step, x += TILE_BYTES) {
         for (int64_t i = 0; i < lines; i++, ahead += TILE_LINE) _mm_prefetch(ahead, _MM_HINT_T1);
         codes.ask();
         tile_load<6>(x, TILE_LINE);
-        tile_stream<4>(w, TILE_LINE);
+        tile_stream<4>(w.at, TILE_LINE);
         Kind::template add<0, 4, 6>();
         if constexpr (B > 1) {
-            tile_load<7>(x + APART, TILE_LINE);
+            tile_load<7>(x + DEPTH * TILE_BYTES, TILE_LINE);
             Kind::template add<1, 4, 7>();
         }
         if constexpr (A > 1) {
-            tile_stream<5>(w + APART, TILE_LINE);
+            tile_stream<5>(w.at + w.next, TILE_LINE);
             Kind::template add<B, 5, 6>();
         }
         if constexpr (A > 1 && B > 1) Kind::template add<3, 5, 7>();
@@ -121,6 +124,35 @@ inline void with_counts(int64_t rows, int64_t inputs, const Use &use) {
         inputs > 1 ? use(Count<2>(), Count<2>()) : use(Count<2>(), Count<1>());
     else
         inputs > 1 ? use(Count<1>(), Count<2>()) : use(Count<1>(), Count<1>());
+}
+
+// Sums in memory, and bytes from those of a tile of inputs to those of the next one.
+struct Sums {
+    uint8_t *at;
+    int64_t next;
+};
+
+// A panel, `rows` tiles of it, times `inputs` tiles of inputs from `tile` on, of both DEPTH steps from `step` on; sums [inputs,
+// rows] start at 0 with the first ones. `behind(parts)`: the codes that are asked for meanwhile, in so many parts.
+template <class Kind, class Inputs, class Behind>
+void multiply_panel(Panel w, int64_t rows, const Inputs &x, int64_t tile, int64_t inputs, int64_t step, const Behind &behind,
+                    Sums sums) {
+    const int64_t steps = x.steps - step < DEPTH ? x.steps - step : DEPTH;
+    const int64_t parts = ceil_div(rows, TOGETHER), lines = ceil_div(TOGETHER * TILE_LINES, parts);
+    CodesBehind codes = behind(parts * ceil_div(inputs, TOGETHER) * steps);
+    for (int64_t b = 0; b < inputs; b += TOGETHER) {
+        const char *next = reinterpret_cast<const char *>(x.at(tile + b + TOGETHER, step));
+        for (int64_t a = 0; a < rows; a += TOGETHER, next += lines * steps * TILE_LINE)
+            with_counts(rows - a, inputs - b, [&](auto A, auto B) {
+                uint8_t *sum = sums.at + b * sums.next + a * TILE_BYTES;
+                if (step == 0)
+                    zero_sums<A, B>();
+                else
+                    load_sums<A, B>(sum, sums.next);
+                multiply_block<Kind, A, B>({w.at + a * w.next, w.step, w.next}, x.at(tile + b, step), steps, next, lines, codes);
+                store_sums<A, B>(sum, sums.next);
+            });
+    }
 }
 
 // What one thread computes: the results of some rows of weights, which its worker knows:
@@ -220,25 +252,11 @@ class TileProduct {
 
     // DEPTH steps.
     void multiply_many(int64_t tile, int64_t inputs, int64_t step) {
-        const int64_t steps = x.steps - step < DEPTH ? x.steps - step : DEPTH;
         for (int64_t r = 0; r < rows; r += TILE_LINES)
             decode(r, step, DEPTH, 0, {panel.data + r * DEPTH * TILE_LINE, TILE_LINE, TILE_BYTES});
-        const int64_t parts = ceil_div(row_tiles(), TOGETHER), blocks = parts * ceil_div(inputs, TOGETHER);
-        const int64_t lines = ceil_div(TOGETHER * TILE_LINES, parts);  // of inputs, for each step
-        CodesBehind codes = codes_behind(step, blocks * steps);
-        for (int64_t b = 0; b < inputs; b += TOGETHER) {
-            const char *next = reinterpret_cast<const char *>(x.at(tile + b + TOGETHER, step));
-            for (int64_t a = 0; a < row_tiles(); a += TOGETHER, next += lines * steps * TILE_LINE) {
-                with_counts(row_tiles() - a, inputs - b, [&](auto A, auto B) {
-                    if (step == 0)
-                        zero_sums<A, B>();
-                    else
-                        load_sums<A, B>(sum(b, a), height * TILE_LINE);
-                    multiply_block<Kind, A, B>(panel.data + a * DEPTH * TILE_BYTES, x.at(tile + b, step), steps, next, lines, codes);
-                    store_sums<A, B>(sum(b, a), height * TILE_LINE);
-                });
-            }
-        }
+        const Panel decoded = {panel.data, TILE_BYTES, DEPTH * TILE_BYTES};
+        multiply_panel<Kind>(decoded, row_tiles(), x, tile, inputs, step, [&](int64_t parts) { return codes_behind(step, parts); },
+                             {sums.data, height * TILE_LINE});
     }
 
     // Results of a tile of inputs.

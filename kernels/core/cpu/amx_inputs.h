@@ -35,12 +35,13 @@ inline void transpose(__m512i *lines) {
     }
 }
 
-// Tiles [blocks of DEPTH steps, tiles of 16 rows, DEPTH], each column by column; rows that are not there are 0.
-struct InputTiles {
+// Tiles [blocks of DEPTH steps, tiles of 16 rows, DEPTH], each column by column if TURNED; rows that are not there are 0.
+template <bool TURNED>
+struct Tiled {
     const int64_t m, tiles, steps;
     const Buffer<uint8_t> data;
 
-    InputTiles(int64_t rows, int64_t count)
+    Tiled(int64_t rows, int64_t count)
         : m(rows), tiles(ceil_div(rows, TILE_LINES)), steps(count),
           data(ceil_div(steps, DEPTH) * tiles * DEPTH * TILE_BYTES) {}
 
@@ -69,10 +70,12 @@ struct InputTiles {
             __m512i lines[TILE_LINES];
             for (int64_t r = 0; r < TILE_LINES; r++)
                 lines[r] = r < count ? _mm512_loadu_si512(rows + r * stride + step * TILE_LINE) : _mm512_setzero_si512();
-            transpose(lines);
+            if (TURNED) transpose(lines);
             for (int64_t r = 0; r < TILE_LINES; r++) _mm512_store_si512(at(tile, step) + r * TILE_LINE, lines[r]);
         }
     }
 };
+
+using InputTiles = Tiled<true>;
 
 }  // namespace

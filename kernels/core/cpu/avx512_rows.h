@@ -69,7 +69,7 @@ class RowParameters {
     // Numbers that `load` may write for a row.
     static int64_t slots(const hfq_weight &w) { return ceil_div(w.k, w.group) + 80; }
 
-    // Scales, and with zero points also these, or what they take from a row: -zero * scale.
+    // Scales of row `row`, and with zero points also these, or what they take from a row: -zero * scale.
     void load(int64_t row, float *scale, float *zero, bool as_offsets = false) const {
         const int64_t start = row / w.scale_height * groups;
         if (w.scale_codes) {
