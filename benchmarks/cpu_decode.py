@@ -4,7 +4,7 @@ A Llama of 0.85 billion random parameters (hidden size 2048, 16 layers, 5632 ins
 keys and values, a vocabulary of 32000) in bfloat16, and the same quantized by hfquant and by bitsandbytes, all through
 transformers. "decode": seconds for a token after a prompt of 32, "prefill": seconds for a prompt of 512 tokens; models
 take turns within one run, figures are medians. "load": seconds to read the model and run it once, in a process of its
-own, with its files in memory. Writes results/cpu_decode.json and .md.
+own, with its files in memory. Writes results/cpu_decode_ISA.json and .md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, facts
+from common import facts, result_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -157,8 +157,8 @@ def main() -> None:
             rows[name][f"{what}_times"] = median(found["bf16"]) / median(values)
             print(f"{what:8s} {name:27s} {1e3 * median(values):8.1f} ms  {rows[name][f'{what}_times']:.2f}", flush=True)
     result = {**facts(str(__doc__), __file__), "rows": rows, "loads": loads}
-    (RESULTS / "cpu_decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "cpu_decode.md").write_text(markdown(result))
+    result_of("cpu_decode").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    result_of("cpu_decode").with_suffix(".md").write_text(markdown(result))
 
 
 def in_process(name: str, folder: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ One layer at a time, bfloat16 inputs and results: for each shape and format a se
 so that no cache holds them, and in every round one call of each contender in turn: a plain read of as many bytes as the
 weight has ("read"), torch's bfloat16 product, ours, and what else is installed that computes the same. Figures are
 medians. "of read" is the time of the plain read over ours: 1 means that nothing but memory limits the kernel.
-Writes results/cpu_linear.json, .md and .png.
+Writes results/cpu_linear_ISA.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, facts
+from common import facts, result_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -226,8 +226,8 @@ def main(quick: bool) -> None:
     library = cpu.library()
     assert isinstance(library, cpu.Library)
     result = {**facts(str(__doc__), __file__), "isa": library.isa, "set": SET, "rows": lines}
-    (RESULTS / "cpu_linear.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "cpu_linear.md").write_text(markdown(result))
+    result_of("cpu_linear").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    result_of("cpu_linear").with_suffix(".md").write_text(markdown(result))
     plot(result)
 
 
@@ -236,7 +236,7 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     about = " ".join(str(__doc__).split("\n\n")[1].split()).partition(" Writes ")[0]
     out = ["# CPU kernels, one layer at a time", "", "Made by `benchmarks/cpu_linear.py`; do not edit.", "", about, ""]
-    out += ["![times as fast as bfloat16 by the number of tokens](cpu_linear.png)", ""]
+    out += [f"![times as fast as bfloat16 by the number of tokens](cpu_linear_{result['isa']}.png)", ""]
     out += ["| format | weight | tokens | ms | of read | times bf16 | times others |", "|---|---|---|---|---|---|---|"]
     for line in result["rows"]:
         others = [f"{n} {v:.1f}" for n, v in line["times"].items() if n not in ("read", "bf16")]
@@ -266,7 +266,7 @@ def plot(result: dict[str, Any]) -> None:
     axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as bfloat16", title="4096 × 4096")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(RESULTS / "cpu_linear.png", dpi=120)
+    figure.savefig(result_of("cpu_linear").with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

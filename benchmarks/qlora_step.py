@@ -8,7 +8,7 @@ by processor time, which others on the machine disturb less. "memory": the large
 own, less what it had once all was imported, while a model that was quantized before is loaded and while it trains.
 Pages of mapped files are left out, and parameters copied out of them, so that all of a model counts and nothing else of
 its files; the allocator maps everything from 256 kB on by itself (MALLOC_MMAP_THRESHOLD_), so that what is freed goes
-back. The largest of three processes counts. Writes results/qlora_step.json and .md.
+back. The largest of three processes counts. Writes results/qlora_step_ISA.json and .md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, facts
+from common import facts, result_of
 from cpu_decode import config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
@@ -217,15 +217,15 @@ def main(folder: Path, only: str | None = None) -> None:
     setting = facts(str(__doc__), __file__)
     setting["versions"] |= {name: version(name) for name in ("peft", "bitsandbytes")}
     setting["machine"]["load"] = os.getloadavg()[0]
-    result = json.loads((RESULTS / "qlora_step.json").read_text()) if only else {"bars": BARS}
+    result = json.loads(result_of("qlora_step").with_suffix(".json").read_text()) if only else {"bars": BARS}
     result |= {name: setting[name] for name in ("question", "command")}
     facts_of = {name: setting[name] for name in ("machine", "versions")}
     if only != "steps":
         result |= {"memory_facts": facts_of, "memory_mb": {name: in_process(name, folder) for name in MODELS}}
     if only != "memory":
         result |= {**facts_of, "steps": timed(folder)}
-    (RESULTS / "qlora_step.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "qlora_step.md").write_text(markdown(result))
+    result_of("qlora_step").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    result_of("qlora_step").with_suffix(".md").write_text(markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -31,23 +31,23 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+ISAS = ("avx512_bf16", "amx")
+OF_CPU = ("cpu_linear", "cpu_decode", "qlora_step")
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "stem"),
     [
-        "peers",
-        "fpq_quality",
-        "fpq_encoders",
-        "cpu_linear",
-        "cpu_decode",
-        "qat_quality",
-        "lora_init",
-        "qlora_step",
-        "finetune_quality",
+        *(
+            (name, name)
+            for name in ("peers", "fpq_quality", "fpq_encoders", "qat_quality", "lora_init", "finetune_quality")
+        ),
+        *((name, f"{name}_{isa}") for name in OF_CPU for isa in ISAS),
     ],
 )
-def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{name}.md").read_text()
+def test_tables_are_those_of_the_results(name: str, stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = json.loads((ROOT / f"benchmarks/results/{stem}.json").read_text())
+    assert script(name, monkeypatch).markdown(result) == (ROOT / f"benchmarks/results/{stem}.md").read_text()
 
 
 def test_fpq_keeps_its_bars() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from hfquant import cpu  # noqa: E402
 from tests.models.corpus import SourceFile, read_corpus, separator, standard_library  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,6 +48,14 @@ def facts(question: str, script: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("hfquant", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
+
+
+def result_of(name: str) -> Path:
+    """Where figures of the CPU kernels go, without a suffix: they answer for one instruction set."""
+    library = cpu.library()
+    if isinstance(library, str):
+        raise SystemExit(library)
+    return RESULTS / f"{name}_{library.isa}"
 
 
 def processor() -> str:

@@ -113,10 +113,9 @@ struct InTile {
 };
 
 // Up to 16 results of row m of x and the rows of weights from `row` on, of the sums of their products, into y.
-inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, const float *sums) {
+inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, __m512 values) {
     const __mmask16 there = count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xFFFF);
     const int64_t n = p.weight.n, at = m * n + row;
-    __m512 values = _mm512_maskz_loadu_ps(there, sums);
     if (p.row_scale) values = _mm512_mul_ps(values, _mm512_set1_ps(p.row_scale[m]));
     for (int64_t i = 0; i < p.kept_count; i++) {
         const __m512 by = _mm512_set1_ps(p.kept[m * p.kept_count + i]);
@@ -131,6 +130,12 @@ inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, cons
                                    : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p.y) + at, there, narrow);
     }
+}
+
+// The same of sums in memory; those that are not there are not read.
+inline void finish(const Problem &p, int64_t m, int64_t row, int64_t count, const float *sums) {
+    const __mmask16 there = count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xFFFF);
+    finish(p, m, row, count, _mm512_maskz_loadu_ps(there, sums));
 }
 
 // All tiles of inputs x [m, width], with LANES columns in a vector, next to each four of `rows` rows of a panel with `count`

@@ -77,6 +77,29 @@ inline void mark_large512(const Problem &p, float split, uint8_t *large) {
         }
 }
 
+// Numbers divided by one, rounded as a division is. That is slow: where quotients are small, as they are by a scale that was
+// found, the product with the reciprocal is corrected twice by what it leaves over, which is exact (Markstein, 1990).
+class Divide {
+  public:
+    Divide(float number, bool small)
+        : by(_mm512_set1_ps(number)), reciprocal(_mm512_set1_ps(1 / number)), fast(small && number > LEAST) {}
+
+    __m512 operator()(__m512 values) const {
+        if (!fast) return _mm512_div_ps(values, by);
+        const __m512 near = corrected(_mm512_mul_ps(values, reciprocal), values);
+        return corrected(near, values);
+    }
+
+  private:
+    static constexpr float LEAST = 1e-20f;  // so that nothing that is left over is too small for a float
+    const __m512 by, reciprocal;
+    const bool fast;
+
+    __m512 corrected(__m512 quotient, __m512 values) const {
+        return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, by, values), reciprocal, quotient);
+    }
+};
+
 // The input of a call: integers in tiles of up to `room` rows, and per row their scale and sum.
 struct IntInput {
     const hfq_input &input;
@@ -105,13 +128,14 @@ struct IntInput {
         int8_t *to = x.data + at.offset;
         const float factor = row_scale(row, k);
         scale.data[m] = factor;
-        const __m512 by = _mm512_set1_ps(factor), low = _mm512_set1_ps(input.low), high = _mm512_set1_ps(input.high);
+        const Divide divide(factor, input.scale == 0);
+        const __m512 low = _mm512_set1_ps(input.low), high = _mm512_set1_ps(input.high);
         __m512i total = _mm512_setzero_si512();
         for (int64_t j = 0; j < width; j += 64, to += 64 * at.stride)
             for (int part = 0; part < 64; part += 16) {
                 const int64_t rest = k - j - part;
                 const __mmask16 there = rest >= 16 ? __mmask16(0xFFFF) : __mmask16(rest > 0 ? (1u << rest) - 1 : 0);
-                const __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(there, row + j + part), by);
+                const __m512 value = divide(_mm512_maskz_loadu_ps(there, row + j + part));
                 const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
                 total = _mm512_add_epi32(total, q);
                 _mm_store_si128(reinterpret_cast<__m128i *>(to + part), _mm512_cvtepi32_epi8(q));
@@ -152,13 +176,13 @@ struct IntResults {
     const Problem &p;
     const IntInput &in;
     const int64_t most;  // rows of a panel, whole vectors
-    const Buffer<float> scale, values;
+    const Buffer<float> scale;
     const Buffer<float> kept;  // [kept.count, most]: the weights of the floating-point columns
 
     IntResults(const Problem &problem, const IntInput &input, int64_t rows)
-        : p(problem), in(input), most(rows), scale(most), values(most), kept(in.kept.count * most) {}
+        : p(problem), in(input), most(rows), scale(most), kept(in.kept.count * most) {}
 
-    bool ready() const { return scale.data && values.data && kept.data; }
+    bool ready() const { return scale.data && kept.data; }
 
     void load(int64_t first, int64_t rows) const {
         std::memset(scale.data, 0, most * sizeof(float));
@@ -179,10 +203,8 @@ struct IntResults {
             __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(_mm512_load_ps(scale.data + r), by));
             for (int64_t i = 0; i < in.kept.count; i++)
                 value = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), _mm512_load_ps(kept.data + i * most + r), value);
-            _mm512_store_ps(values.data + r, value);
+            finish(p, m, first + r, rows - r, value);
         }
-        for (int64_t r = 0; r < rows; r += 16)
-            finish(p, m, first + r, rows - r, values.data + r);
     }
 };
 
