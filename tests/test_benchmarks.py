@@ -81,26 +81,36 @@ def test_adapters_win_back_what_they_have_to() -> None:
 
 
 def test_kernels_page_quotes_the_measured_steps() -> None:
-    steps = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())["steps"]
     batches = [f"1 x {tokens}, checkpointed" for tokens in (128, 512)]
     page = " ".join((ROOT / "docs/kernels.md").read_text().split())
-    quoted = re.search(
+    quoted = re.findall(
         r"A step of 128 tokens takes (\S+) times as long with bitsandbytes, one of 512 tokens (\S+);", page
     )
-    assert quoted is not None
-    assert list(quoted.groups()) == [f"{steps[batch]['hfquant nf4']['times']:.2f}" for batch in batches]
-    memory = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())["memory_mb"]
-    shares = [memory["hfquant nf4"][batch] / memory["16-bit LoRA"][batch] for batch in batches]
-    assert "take {:.2f} of the memory of 16-bit LoRA with 128 tokens, {:.2f} with 512".format(*shares) in page
+    for found, isa in zip(quoted, ISAS, strict=True):
+        result = json.loads((ROOT / f"benchmarks/results/qlora_step_{isa}.json").read_text())
+        assert list(found) == [f"{result['steps'][batch]['hfquant nf4']['times']:.2f}" for batch in batches]
+        memory = result["memory_mb"]
+        shares = [memory["hfquant nf4"][batch] / memory["16-bit LoRA"][batch] for batch in batches]
+        quote = "take {:.2f} of the memory of 16-bit LoRA with 128 tokens, {:.2f} with 512, on both"
+        assert quote.format(*shares) in page
 
 
-def test_training_takes_half_the_memory_of_16_bit_and_no_more_than_bitsandbytes() -> None:
-    result = json.loads((ROOT / "benchmarks/results/qlora_step.json").read_text())
+@pytest.mark.parametrize("isa", ISAS)
+def test_training_takes_half_the_memory_of_16_bit_and_no_more_than_bitsandbytes(isa: str) -> None:
+    result = json.loads((ROOT / f"benchmarks/results/qlora_step_{isa}.json").read_text())
     memory, bars = result["memory_mb"], result["bars"]
     for batch in ("1 x 128, checkpointed", "1 x 512, checkpointed"):
         own = memory["hfquant nf4"][batch]
         assert own <= bars["of 16-bit LoRA"] * memory["16-bit LoRA"][batch]
         assert own <= bars["of bitsandbytes"] * memory["bitsandbytes nf4"][batch]
+
+
+def test_tiles_make_weight_only_layers_faster_than_bfloat16_for_any_number_of_tokens() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/cpu_linear_amx.json").read_text())["rows"]
+    bars = {16: 1.9, 128: 1.4, 512: 1.2}
+    measured = [row for row in rows if row["tokens"] in bars and row["format"] not in ("w8a8", "llm.int8")]
+    assert {row["tokens"] for row in measured} == bars.keys()
+    assert all(row["times"]["bf16"] >= bars[row["tokens"]] for row in measured)
 
 
 def test_fpq_is_nearer_to_classifiers_than_every_minmax_row() -> None:
