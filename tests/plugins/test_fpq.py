@@ -149,9 +149,9 @@ def test_the_recipe_survives_json() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
     """KL per token of the trained model, or of its copy with channels of other sizes; remembered."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    rows = torch.cat(token_batches(tokenizer, HELDOUT, sequences=24, length=256))
+    rows = torch.cat(token_batches(tokenizer, HELDOUT, sequences=64, length=256))
     original = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    reference = Reference(original, [rows[:8]])
+    reference = Reference(original, [rows[:16]])
     folder: Path = tmp_path_factory.mktemp("spread")
     spread(AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)).save_pretrained(folder)
     known: dict[str, float] = {}
@@ -160,7 +160,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
         key = f"{which} {options}"
         if key not in known:
             config = HfQuantConfig("fpq", **options)
-            config = HfQuantConfig("fpq", data=[rows[8:]], **options) if config.needs_data else config
+            config = HfQuantConfig("fpq", data=[rows[16:]], **options) if config.needs_data else config
             path = {"plain": MODEL_DIR, "spread": folder}[which]
             with use_kernel("reference"):  # what is found must not depend on a processor's order of sums
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)

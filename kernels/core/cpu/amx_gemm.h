@@ -202,6 +202,7 @@ class TileProduct {
     const Buffer<uint8_t> sums;   // [inputs, height / 16] tiles
     int64_t first = 0, rows = 0;  // of the weights that are worked on, up to `height`
 
+    // Steps before which the codes of few rows are asked for: whole units, of a line of codes at least.
     static constexpr int64_t AHEAD = (TILE_LINE + UNIT * Worker::STEP_BYTES - 1) / (UNIT * Worker::STEP_BYTES) * UNIT;
 
     int64_t row_tiles() const { return ceil_div(rows, TILE_LINES); }
