@@ -128,6 +128,7 @@ def loaded(name: str, folder: str) -> None:
 @torch.no_grad()
 def main() -> None:
     """Measure, print, write."""
+    target = result_of("cpu_decode")  # or an error, before anything takes time
     logging.disable_progress_bar()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,8 +158,8 @@ def main() -> None:
             rows[name][f"{what}_times"] = median(found["bf16"]) / median(values)
             print(f"{what:8s} {name:27s} {1e3 * median(values):8.1f} ms  {rows[name][f'{what}_times']:.2f}", flush=True)
     result = {**facts(str(__doc__), __file__), "rows": rows, "loads": loads}
-    result_of("cpu_decode").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    result_of("cpu_decode").with_suffix(".md").write_text(markdown(result))
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(result))
 
 
 def in_process(name: str, folder: Path) -> dict[str, float]:

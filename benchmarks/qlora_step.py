@@ -210,6 +210,7 @@ def _times(peer: list[float], own: list[float]) -> float:
 
 def main(folder: Path, only: str | None = None) -> None:
     """Measure, print, write; `only` "memory" or "steps", what else was measured before stays."""
+    target = result_of("qlora_step")  # or an error, before anything takes time
     logging.disable_progress_bar()
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
@@ -217,15 +218,15 @@ def main(folder: Path, only: str | None = None) -> None:
     setting = facts(str(__doc__), __file__)
     setting["versions"] |= {name: version(name) for name in ("peft", "bitsandbytes")}
     setting["machine"]["load"] = os.getloadavg()[0]
-    result = json.loads(result_of("qlora_step").with_suffix(".json").read_text()) if only else {"bars": BARS}
+    result = json.loads(target.with_suffix(".json").read_text()) if only else {"bars": BARS}
     result |= {name: setting[name] for name in ("question", "command")}
     facts_of = {name: setting[name] for name in ("machine", "versions")}
     if only != "steps":
         result |= {"memory_facts": facts_of, "memory_mb": {name: in_process(name, folder) for name in MODELS}}
     if only != "memory":
         result |= {**facts_of, "steps": timed(folder)}
-    result_of("qlora_step").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    result_of("qlora_step").with_suffix(".md").write_text(markdown(result))
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> str:

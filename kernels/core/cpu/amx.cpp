@@ -25,7 +25,7 @@ class Tiles {
         const InputTiles x(p.m, chunks * Codes::VECTORS);
         const int64_t stride = 32 * x.steps + 32;  // one more vector: rows a power of two apart would share cache lines
         Buffer<bf16> arranged(p.threads * TILE_LINES * stride);
-        const Bf16Rows<Codes, 1> rows(p.weight, levels, p.threads, rows_together(x.tiles));
+        const Bf16Rows<Codes> rows(p.weight, levels, p.threads, rows_together(x.tiles));
         if (!x.data.data || !arranged.data || !rows.ready()) return -1;
         x.pack(p.threads, 2 * stride, [&](int id, int64_t m, int64_t count) {
             bf16 *own = arranged.data + id * TILE_LINES * stride;
@@ -38,7 +38,7 @@ class Tiles {
 
   private:
     template <class Codes>
-    using Rows = Bf16Rows<Codes, 1>;
+    using Rows = Bf16Rows<Codes>;
 
     // With the first decoder that fits.
     template <class Decoder, class... Others, class Codes>
@@ -89,7 +89,7 @@ int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_b
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad_with_tiles};
+const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInTiles>};
 
 }  // namespace
 

@@ -274,22 +274,29 @@ class TileProduct {
     }
 };
 
-// y = x W^T + bias. `make(thread)` gives a worker of `TileProduct`.
+// Every thread does its share of `count` things, in whole steps, with what `make(thread)` gives it. Returns -1 if memory ran out.
 template <class Make>
-int tile_gemm(const Problem &p, const InputTiles &x, const Make &make) {
+int in_shares(int threads, int64_t count, int64_t step, const Make &make) {
     int failed = 0;
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(threads)
     {
         const int id = omp_get_thread_num();
-        TileProduct<decltype(make(0))> product(p, x, make, id);
+        auto product = make(id);
         if (product.ready()) {
-            product.run(Share(p.weight.n, TILE_LINES, id, omp_get_num_threads()));
+            product.run(Share(count, step, id, omp_get_num_threads()));
         } else {
 #pragma omp atomic write
             failed = -1;
         }
     }
     return failed;
+}
+
+// y = x W^T + bias. `make(thread)` gives a worker of `TileProduct`.
+template <class Make>
+int tile_gemm(const Problem &p, const InputTiles &x, const Make &make) {
+    using Product = TileProduct<decltype(make(0))>;
+    return in_shares(p.threads, p.weight.n, TILE_LINES, [&](int id) { return Product(p, x, make, id); });
 }
 
 }  // namespace

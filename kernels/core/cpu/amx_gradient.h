@@ -23,7 +23,7 @@ struct GradientTiles {
 template <class Codes>
 class GradientProduct {
   public:
-    GradientProduct(const Problem &problem, const Tiled<false> &gradients, const Bf16Rows<Codes, 1> &weights, int thread)
+    GradientProduct(const Problem &problem, const Tiled<false> &gradients, const Bf16Rows<Codes> &weights, int thread)
         : p(problem), w(p.weight), x(gradients), rows(weights), id(thread), panel(DEPTH * COLUMN_TILES * TILE_BYTES),
           pair(2 * WIDE_COLUMNS), sums((x.tiles < INPUT_TILES ? x.tiles : INPUT_TILES) * COLUMN_TILES * TILE_BYTES) {}
 
@@ -50,7 +50,7 @@ class GradientProduct {
     const Problem &p;
     const hfq_weight &w;
     const Tiled<false> &x;
-    const Bf16Rows<Codes, 1> &rows;
+    const Bf16Rows<Codes> &rows;
     const int id;
     const Buffer<uint8_t> panel;  // [DEPTH, COLUMN_TILES] tiles of pairs of rows, woven columns
     const Buffer<bf16> pair;      // two rows before they are woven
@@ -77,7 +77,7 @@ class GradientProduct {
 
     void decode(int64_t row, int64_t r, bool there, bf16 *to) const {
         if (there)
-            rows.decode(id, row, r, start, count, to);
+            rows.decode(id, row, r, start, count, to, 1);
         else
             std::memset(to, 0, count * sizeof(bf16));
     }
@@ -112,7 +112,7 @@ template <class Codes>
 int tile_gradient(const Problem &p) {
     const hfq_weight &w = p.weight;
     const Levels levels(w);
-    const Bf16Rows<Codes, 1> rows(w, levels, p.threads, 2);
+    const Bf16Rows<Codes> rows(w, levels, p.threads, 2);
     const Tiled<false> x(p.m, ceil_div(w.n, STEP_ROWS));
     const int64_t width = x.steps * STEP_ROWS;
     Buffer<bf16> padded(p.threads * TILE_LINES * width);
@@ -125,39 +125,15 @@ int tile_gradient(const Problem &p) {
         }
         return reinterpret_cast<const uint8_t *>(own);
     });
-    int failed = 0;
-#pragma omp parallel num_threads(p.threads)
-    {
-        const int id = omp_get_thread_num();
-        GradientProduct<Codes> product(p, x, rows, id);
-        if (product.ready()) {
-            product.run(Share(ceil_div(w.k, Codes::COLUMNS) * Codes::COLUMNS, Codes::COLUMNS, id, omp_get_num_threads()));
-        } else {
-#pragma omp atomic write
-            failed = -1;
-        }
-    }
-    return failed;
+    return in_shares(p.threads, ceil_div(w.k, Codes::COLUMNS) * Codes::COLUMNS, Codes::COLUMNS,
+                     [&](int id) { return GradientProduct<Codes>(p, x, rows, id); });
 }
 
-template <class Codes>
-int gradient_with_tiles(const Problem &p) {
-    if (!Scales<Codes>::fits(p.weight)) return 1;
-    return p.m <= FEW_GRADIENTS ? gradient_in_blocks<Codes>(p) : tile_gradient<Codes>(p);
-}
-
-// As `input_grad`.
-inline int input_grad_with_tiles(const Problem &p) {
-    if (p.type != HFQ_BFLOAT16) return 1;
-    switch (p.weight.bits) {
-        case 2: return gradient_with_tiles<Bytes<2>>(p);
-        case 3: return gradient_with_tiles<Bytes<3>>(p);
-        case 4: return gradient_with_tiles<Nibbles>(p);
-        case 5: return gradient_with_tiles<Bytes<5>>(p);
-        case 6: return gradient_with_tiles<Bytes<6>>(p);
-        case 7: return gradient_with_tiles<Bytes<7>>(p);
-        default: return gradient_with_tiles<Bytes<8>>(p);
+struct GradientInTiles {
+    template <class Codes>
+    static int run(const Problem &p) {
+        return p.m <= FEW_GRADIENTS ? GradientInVectors::run<Codes>(p) : tile_gradient<Codes>(p);
     }
-}
+};
 
 }  // namespace

@@ -28,7 +28,7 @@ struct PlainTiles {
     }
 };
 
-// Four-bit codes of chunks with GROUPS scales each: the tables of levels are scaled, not the weights.
+// Four-bit codes of chunks with GROUPS scales each.
 template <int GROUPS, bool ZERO>
 class NibbleTiles {
   public:
@@ -36,11 +36,7 @@ class NibbleTiles {
     static constexpr bool SCALED = true;
 
     NibbleTiles(const hfq_weight &w, const Levels &, const Scales<Codes> &scales)
-        : levels(_mm512_loadu_ps(w.levels)), chunks(scales.chunks_per_group) {
-        alignas(64) uint16_t which[32];  // 16 times the scale of a word: the tables lie behind each other
-        for (int word = 0; word < 32; word++) which[word] = uint16_t(word * GROUPS / 32 * 16);
-        offset = _mm512_load_si512(which);
-    }
+        : tables(w.levels), chunks(scales.chunks_per_group) {}
 
     static bool fits(const hfq_weight &w, const Scales<Codes> &scales) {
         return scaled_groups(scales) == GROUPS && (w.zero != nullptr) == ZERO;
@@ -48,34 +44,17 @@ class NibbleTiles {
 
     int64_t first(int64_t chunk) const { return GROUPS > 1 ? chunk * GROUPS : chunk / chunks; }
     void decode(__m512i packed, const float *scale, const float *zero, uint8_t *to, int64_t next) const {
-        const __m512i one = pair(scale, zero, 0, GROUPS > 1), two = GROUPS == 4 ? pair(scale, zero, 2, 3) : one;
+        const auto made = tables.make(scale, zero);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++, to += next) {
-            _mm512_store_si512(to, look_up(packed, one, two));
+            _mm512_store_si512(to, tables.look_up(packed, made));
             packed = _mm512_srli_epi16(packed, 4);
         }
     }
 
   private:
-    const __m512 levels;
+    const NibbleTables<GROUPS, ZERO> tables;
     const int64_t chunks;  // of a group
-    __m512i offset;
-
-    __m512 table(const float *scale, const float *zero, int group) const {
-        const __m512 by = _mm512_set1_ps(scale[group]);
-        return _mm512_mul_ps(ZERO ? _mm512_sub_ps(levels, _mm512_set1_ps(zero[group])) : levels, by);
-    }
-
-    __m512i pair(const float *scale, const float *zero, int low, int high) const {
-        const __m512 a = table(scale, zero, low), b = low == high ? a : table(scale, zero, high);
-        return (__m512i)_mm512_cvtne2ps_pbh(b, a);
-    }
-
-    __m512i look_up(__m512i codes, __m512i one, __m512i two) const {
-        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, one);
-        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
-        return GROUPS == 2 ? _mm512_permutexvar_epi16(at, one) : _mm512_permutex2var_epi16(one, at, two);
-    }
 };
 
 // Other codes of up to six bits whose chunks have one scale each, in the same way.

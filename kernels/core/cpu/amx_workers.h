@@ -67,7 +67,7 @@ template <class AnyCodes>
 class RowWorker : public Bf16Worker {
   public:
     using Codes = AnyCodes;
-    using Rows = Bf16Rows<Codes, 1>;
+    using Rows = Bf16Rows<Codes>;
     static constexpr int64_t STEP_BYTES = Codes::BYTES / Codes::VECTORS;
 
     RowWorker(const Problem &problem, const Rows &all, int thread) : Bf16Worker(problem, all, thread), weights(all) {}

@@ -46,7 +46,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize, input_grad};
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInVectors>};
 
 }  // namespace
 

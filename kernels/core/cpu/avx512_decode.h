@@ -222,17 +222,57 @@ struct Scales {
     };
 };
 
-// Four-bit codes whose chunk has 1, 2 or 4 scales, one row of them chunk by chunk: the tables of levels are scaled, not
-// the weights, so that (level - zero) * scale, rounded to bfloat16, costs no more than a lookup.
+// Four-bit codes whose chunk has GROUPS scales, 1, 2 or 4: the tables of levels are scaled, not the weights, so that
+// (level - zero) * scale, rounded to bfloat16, costs no more than a lookup. Without ZERO points these are not read.
+template <int GROUPS, bool ZERO>
+class NibbleTables {
+  public:
+    explicit NibbleTables(const float *all_levels) : levels(_mm512_loadu_ps(all_levels)) {
+        alignas(64) uint16_t which[32];  // 16 times the scale of a word: the tables lie behind each other
+        for (int word = 0; word < 32; word++) which[word] = uint16_t(word * GROUPS / 32 * 16);
+        offset = _mm512_load_si512(which);
+    }
+
+    // Those of one chunk, from its scales and zero points.
+    struct Made {
+        __m512i first, second;
+    };
+
+    Made make(const float *scale, const float *zero) const {
+        const __m512i first = pair(scale, zero, 0, GROUPS > 1);
+        return {first, GROUPS == 4 ? pair(scale, zero, 2, 3) : first};
+    }
+
+    // Weights of the lowest four bits of each word.
+    __m512i look_up(__m512i codes, Made made) const {
+        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, made.first);
+        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
+        if (GROUPS == 2) return _mm512_permutexvar_epi16(at, made.first);
+        return _mm512_permutex2var_epi16(made.first, at, made.second);
+    }
+
+  private:
+    __m512 levels;
+    __m512i offset;
+
+    __m512 table(const float *scale, const float *zero, int group) const {
+        const __m512 by = _mm512_set1_ps(scale[group]);
+        return _mm512_mul_ps(ZERO ? _mm512_sub_ps(levels, _mm512_set1_ps(zero[group])) : levels, by);
+    }
+
+    __m512i pair(const float *scale, const float *zero, int low, int high) const {
+        const __m512 a = table(scale, zero, low), b = low == high ? a : table(scale, zero, high);
+        return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    }
+};
+
+// One row of such codes, chunk by chunk.
 template <int GROUPS>
 class ScaledNibbles {
   public:
     ScaledNibbles(const Scales<Nibbles> &scales, const float *all_levels, const float *row_scale, const float *row_zero,
                   int64_t chunk)
-        : levels(_mm512_loadu_ps(all_levels)), scale(row_scale), zero(row_zero) {
-        alignas(64) uint16_t which[32];  // 16 times the scale of a word: the tables lie behind each other
-        for (int word = 0; word < 32; word++) which[word] = uint16_t(word * GROUPS / 32 * 16);
-        offset = _mm512_load_si512(which);
+        : tables(all_levels), scale(row_scale), zero(row_zero) {
         step = GROUPS == 1 ? scales.chunks_per_group : 1;
         left = step - chunk % step;
         skip(chunk / step * GROUPS);
@@ -257,17 +297,13 @@ class ScaledNibbles {
     }
 
     // Weights of the lowest four bits of each word.
-    __m512i look_up(__m512i codes) const {
-        if (GROUPS == 1) return _mm512_permutexvar_epi16(codes, first);
-        const __m512i at = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), offset, 0xEA);  // (a & b) | c
-        if (GROUPS == 2) return _mm512_permutexvar_epi16(at, first);
-        return _mm512_permutex2var_epi16(first, at, second);
-    }
+    __m512i look_up(__m512i codes) const { return tables.look_up(codes, made); }
 
   private:
-    __m512 levels;
+    using Tables = NibbleTables<GROUPS, true>;
+    const Tables tables;
     const float *scale, *zero;
-    __m512i offset, first, second;
+    typename Tables::Made made;
     int64_t step, left;  // chunks with the same tables, and how many of them are left
 
     void skip(int64_t groups) {
@@ -275,21 +311,9 @@ class ScaledNibbles {
         zero += groups;
     }
 
-    __m512 table(int group) const {
-        return _mm512_mul_ps(_mm512_sub_ps(levels, _mm512_set1_ps(zero[group])), _mm512_set1_ps(scale[group]));
-    }
-
-    __m512i pair(int low, int high) const { return (__m512i)_mm512_cvtne2ps_pbh(table(high), table(low)); }
-
     // The tables of the next groups.
     void make() {
-        if (GROUPS == 1) {
-            const __m256i once = (__m256i)_mm512_cvtneps_pbh(table(0));
-            first = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
-        } else {
-            first = pair(0, 1);
-        }
-        if (GROUPS == 4) second = pair(2, 3);
+        made = tables.make(scale, zero);
         skip(GROUPS);
     }
 };

@@ -74,7 +74,7 @@ inline void pair_rows(const bf16 *grad, int64_t n, int64_t first, int64_t count,
 template <class Codes>
 class GradientPart {
   public:
-    GradientPart(const Problem &problem, const Bf16Rows<Codes, 1> &weights, const uint32_t *pairs, int thread)
+    GradientPart(const Problem &problem, const Bf16Rows<Codes> &weights, const uint32_t *pairs, int thread)
         : p(problem), w(p.weight), rows(weights), grad(pairs), id(thread), size(tile_inputs(p.m)),
           panel(GRADIENT_DEPTH * GRADIENT_COLUMNS), one(2 * GRADIENT_COLUMNS), sums(p.m * GRADIENT_COLUMNS) {}
 
@@ -102,7 +102,7 @@ class GradientPart {
   private:
     const Problem &p;
     const hfq_weight &w;
-    const Bf16Rows<Codes, 1> &rows;
+    const Bf16Rows<Codes> &rows;
     const uint32_t *grad;
     const int id;
     const int64_t size;         // rows of a tile
@@ -115,8 +115,8 @@ class GradientPart {
         for (int64_t r = 0; r < depth; r += 2) {
             const int64_t both = depth - r < 2 ? 1 : 2;
             rows.load(id, first + r, both);
-            rows.decode(id, first + r, 0, start, count, a);
-            if (both == 2) rows.decode(id, first + r + 1, 1, start, count, b);
+            rows.decode(id, first + r, 0, start, count, a, 1);
+            if (both == 2) rows.decode(id, first + r + 1, 1, start, count, b, 1);
             else std::memset(b, 0, count * sizeof(bf16));
             bf16 *to = panel.data + r / 2 * 32 * STRIP;
             for (int64_t j = 0; j < count; j += 32) {
@@ -149,7 +149,7 @@ int gradient_of(const Problem &p) {
     static_assert(GRADIENT_COLUMNS % Codes::COLUMNS == 0 && Codes::COLUMNS % (16 * STRIP) == 0, "whole chunks and strips");
     const hfq_weight &w = p.weight;
     const Levels levels(w);
-    const Bf16Rows<Codes, 1> rows(w, levels, p.threads, 2);
+    const Bf16Rows<Codes> rows(w, levels, p.threads, 2);
     const int64_t pairs = ceil_div(w.n, 2), size = tile_inputs(p.m);
     Buffer<uint32_t> grad(p.m * pairs);
     if (!grad.data || !rows.ready()) return -1;
@@ -181,25 +181,32 @@ int gradient_of(const Problem &p) {
     return failed;
 }
 
-template <class Codes>
-int gradient_in_blocks(const Problem &p) {
+// Gradients in bfloat16 of a weight whose lanes have one scale each; 1 for others. `How::run<Codes>(problem)` computes them.
+template <class How, class Codes>
+int gradient_as(const Problem &p) {
     if (!Scales<Codes>::fits(p.weight)) return 1;
-    if (p.m == 0) return 0;
-    return in_blocks(p, MOST_GRADIENTS, p.weight.n, p.weight.k, [](const Problem &part) { return gradient_of<Codes>(part); });
+    return p.m == 0 ? 0 : How::template run<Codes>(p);
 }
 
-// Gradients in bfloat16 of a weight whose lanes have one scale each; 1 for others.
-inline int input_grad(const Problem &p) {
+template <class How>
+int input_grad_with(const Problem &p) {
     if (p.type != HFQ_BFLOAT16) return 1;
     switch (p.weight.bits) {
-        case 2: return gradient_in_blocks<Bytes<2>>(p);
-        case 3: return gradient_in_blocks<Bytes<3>>(p);
-        case 4: return gradient_in_blocks<Nibbles>(p);
-        case 5: return gradient_in_blocks<Bytes<5>>(p);
-        case 6: return gradient_in_blocks<Bytes<6>>(p);
-        case 7: return gradient_in_blocks<Bytes<7>>(p);
-        default: return gradient_in_blocks<Bytes<8>>(p);
+        case 2: return gradient_as<How, Bytes<2>>(p);
+        case 3: return gradient_as<How, Bytes<3>>(p);
+        case 4: return gradient_as<How, Nibbles>(p);
+        case 5: return gradient_as<How, Bytes<5>>(p);
+        case 6: return gradient_as<How, Bytes<6>>(p);
+        case 7: return gradient_as<How, Bytes<7>>(p);
+        default: return gradient_as<How, Bytes<8>>(p);
     }
 }
+
+struct GradientInVectors {
+    template <class Codes>
+    static int run(const Problem &p) {
+        return in_blocks(p, MOST_GRADIENTS, p.weight.n, p.weight.k, [](const Problem &part) { return gradient_of<Codes>(part); });
+    }
+};
 
 }  // namespace

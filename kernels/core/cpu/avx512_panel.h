@@ -26,8 +26,8 @@ struct PanelScales {
     }
 };
 
-// bfloat16 weights in the order of `Codes`: (level - zero) * scale, rounded once. Vectors of a row are APART vectors apart.
-template <class Codes, int APART = TILE_ROWS>
+// bfloat16 weights in the order of `Codes`: (level - zero) * scale, rounded once. Vectors of a row are `apart` vectors apart.
+template <class Codes>
 struct Bf16Rows : PanelScales {
     const Codes codes;
     const Scales<Codes> scales;
@@ -37,7 +37,7 @@ struct Bf16Rows : PanelScales {
 
     bool ready() const { return values.data && scales.index.data; }
 
-    void decode(int thread, int64_t row, int64_t r, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
+    void decode(int thread, int64_t row, int64_t r, int64_t start, int64_t count, bf16 *to, int64_t apart = TILE_ROWS) const {
         const float *s = scale(thread, r), *z = zero(thread, r);
         if constexpr (Codes::VECTORS == 4) {
             switch (scaled_groups(scales)) {
@@ -60,7 +60,7 @@ struct Bf16Rows : PanelScales {
     }
 
     template <Spread HOW>
-    void multiply(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
+    void multiply(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart) const {
         using Walk = typename Scales<Codes>::template Walk<HOW>;
         const int64_t first = start / Codes::COLUMNS, last = (start + count) / Codes::COLUMNS;
         Walk factors(scales, s, first), offsets(scales, z, first);
@@ -86,7 +86,7 @@ struct Bf16Rows : PanelScales {
     }
 
     template <int GROUPS>
-    void lookup(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart = APART) const {
+    void lookup(const float *s, const float *z, int64_t row, int64_t start, int64_t count, bf16 *to, int64_t apart) const {
         const int64_t first = start / Codes::COLUMNS, last = (start + count) / Codes::COLUMNS;
         ScaledNibbles<GROUPS> nibbles(scales, w.levels, s, z, first);
         for (int64_t chunk = first; chunk < last; chunk++) {
