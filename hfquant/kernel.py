@@ -16,6 +16,7 @@ from torch import Tensor
 from . import reference
 from .errors import UnsupportedError
 from .hadamard import hadamard, inverse_hadamard
+from .halves import DecoderParts, Halves
 from .spec import PackedSpec, Scheme
 from .tables import Table
 
@@ -48,6 +49,7 @@ class Kernel:
     does; it is asked for all of them where they are stored in another order or some are kept in 16 bit.
     `run_jobs(bounds, xs, biases, ys)` may run several bound weights at once into given results, to the same bits; it
     returns False where it cannot. `join(bounds, biases)` gives what runs them all on one input, None where it cannot.
+    `halves(parts)` gives what runs a decoder layer before and after its attention, None where it cannot.
     `input_grad(grad, packed, spec)` computes grad [..., N] @ W; without it gradients go through `columns`.
     """
 
@@ -61,6 +63,7 @@ class Kernel:
     columns: Columns | None = None
     run_jobs: RunJobs | None = None
     join: Join | None = None
+    halves: Callable[[DecoderParts], Halves | None] | None = None
     input_grad: InputGrad | None = None
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .decoder import Chain, WholeLayer, whole
+from .decoder_parts import PRODUCTS
 from .errors import SpecError
 from .kernel import choose, dtype_inside
 from .nn import QLinear
@@ -15,17 +17,18 @@ from .together import Together
 
 
 @dataclass(frozen=True)
-class SiblingUse:
+class LayerUse:
     """The quantized layers below one module, by name: which may run together, and why others do not.
 
-    `layers`: they have inputs of one size; those that are called with the very same tensor, one after the other, run in
-    one call from the second time on. `seen()`: for which that happened so far.
+    `layers`: either all products of a decoder layer, which runs as a whole, or children of a module that have inputs of
+    one size: those that are called with the very same tensor, one after the other, run in one call from the second
+    time on. `seen()`: for which that happened so far.
     """
 
     module: str
     layers: tuple[str, ...]
     declined: tuple[str, ...]
-    together: Together | None = None
+    together: Together | WholeLayer | None = None
 
     def seen(self) -> list[tuple[str, ...]]:
         """The layers that were called with one tensor so far, in the order of their calls."""
@@ -35,26 +38,45 @@ class SiblingUse:
 
 
 @torch.no_grad()
-def optimize(model: nn.Module) -> list[SiblingUse]:
-    """Let quantized layers that read one tensor, such as query, key and value projections, run in one call.
+def optimize(model: nn.Module, exact: bool = False) -> list[LayerUse]:
+    """Let what a quantized model computes between its attentions run in few calls, for inference.
 
-    For inference with a few tokens at a time, as in decoding, where the ways to small products cost as much as they
-    do; whatever else (gradients, compilers, long prompts) runs layer by layer as before. Results, weights, names,
-    memory and checkpoints stay the same. Layers find each other by being called: nothing depends on the model's class,
-    and layers that are changed, moved, wrapped in adapters or called apart compute their own. Copies of the model are
-    optimized too.
+    The decoder layers that most language models of transformers are built from run in two calls of the kernel, one
+    before and one after attention: products, norms, rotary positions and the gated MLP. Whether a layer is such a one
+    is found out by running it once with made up attention, not from the name of its class. Results are the same but
+    for the order of sums in a norm and the last bit of an exponential. Elsewhere, and everywhere if `exact`, layers
+    that read one tensor, such as query, key and value projections, run in one call while there are few tokens, to the
+    very same bits.
 
-    Returns a row for each module with at least two quantized layers; where nothing can be run together, `layers` is
-    empty. Raises SpecError for a model without quantized linear layers.
+    Weights, names, memory and checkpoints stay the same, and so does whatever else is done with the model: under
+    gradients, adapters, compilers and hooks, and where a layer was changed in a way that matters, its own code runs.
+    Copies of the model are optimized too. Call it after `eval()` and after moving the model.
+
+    Returns a row for each module with at least two quantized layers, and for each decoder layer; where nothing can be
+    run together, `layers` is empty. Raises SpecError for a model without quantized linear layers.
     """
-    rows = []
+    if not any(isinstance(module, QLinear) for module in model.modules()):
+        raise SpecError(f"{type(model).__name__} has no quantized linear layers to optimize: quantize it first")
+    rows, chain = [], None if exact else Chain()
     for name, module in model.named_modules():
+        rows += _whole(name, module, chain)
         children = {leaf: layer for leaf, child in module.named_children() if (layer := _packed(child)) is not None}
         if len(children) > 1:
             rows += _siblings(name, children)
-    if not any(isinstance(module, QLinear) for module in model.modules()):
-        raise SpecError(f"{type(model).__name__} has no quantized linear layers to optimize: quantize it first")
     return rows
+
+
+def _whole(name: str, module: nn.Module, chain: Chain | None) -> list[LayerUse]:
+    """Let a decoder layer run as a whole, and take back that it did before."""
+    if isinstance(module.__dict__.get("forward"), WholeLayer):
+        del module.__dict__["forward"]
+    found = None if chain is None else whole(module, chain)
+    if found is None:
+        return []
+    if isinstance(found, str):
+        return [LayerUse(name, (), (found,))]
+    module.__dict__["forward"] = found
+    return [LayerUse(name, tuple(".".join(place) for place in PRODUCTS.values()), (), found)]
 
 
 def _packed(module: nn.Module) -> QLinear | None:
@@ -63,7 +85,7 @@ def _packed(module: nn.Module) -> QLinear | None:
     return inner if isinstance(inner, QLinear) else None
 
 
-def _siblings(name: str, children: dict[str, QLinear]) -> list[SiblingUse]:
+def _siblings(name: str, children: dict[str, QLinear]) -> list[LayerUse]:
     """Join the children of module `name` that have inputs of one size."""
     reasons = {leaf: why_apart(layer) for leaf, layer in children.items()}
     declined = tuple(f"{leaf}: {reason}" for leaf, reason in reasons.items() if reason is not None)
@@ -78,8 +100,8 @@ def _siblings(name: str, children: dict[str, QLinear]) -> list[SiblingUse]:
             together = Together()
             for number, leaf in enumerate(leaves):
                 children[leaf]._together = (together, number)
-            rows.append(SiblingUse(name, tuple(leaves), declined, together))
-    return rows or [SiblingUse(name, (), declined)]
+            rows.append(LayerUse(name, tuple(leaves), declined, together))
+    return rows or [LayerUse(name, (), declined)]
 
 
 def why_apart(layer: QLinear) -> str | None:

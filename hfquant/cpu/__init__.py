@@ -7,6 +7,7 @@ from .jobs import join, run_jobs
 from .linear import bind, run, why_not
 from .native import NAME, Library, library
 from .rounding import ROUNDING
+from .steps import halves
 
 KERNEL = Kernel(
     NAME,
@@ -19,6 +20,7 @@ KERNEL = Kernel(
     columns=columns,
     run_jobs=run_jobs,
     join=join,
+    halves=halves,
     input_grad=input_grad,
 )
 

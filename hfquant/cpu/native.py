@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from .types import TYPES, Input, Weight
 
 NAME = "cpu"  # of the kernel
-ABI = 4
+ABI = 5
 
 
 class Library:
@@ -41,6 +41,7 @@ class Library:
         if (found := self._c.hfq_abi()) != ABI:
             raise UnsupportedError(f"{path} has version {found} of the interface, hfquant needs {ABI}", [_REBUILD])
         self._c.hfq_linear_jobs.argtypes = [c_char_p, c_int64, c_int, c_int]
+        self._c.hfq_steps.argtypes = [c_char_p, c_int64, c_char_p, c_int64, c_int64, c_int64, c_int, c_int]
         if self._c.hfq_isa() is None:
             asked, able = os.environ.get("HFQUANT_CPU_ISA"), ", ".join(self.isas())
             raise UnsupportedError(f"HFQUANT_CPU_ISA={asked!r} is nothing that runs here: choose from {able}")
@@ -99,6 +100,14 @@ class Library:
         """Run `count` jobs of the `table` of `hfq_job`, whose inputs and results are of `dtype`. Raises MemoryError."""
         if self._c.hfq_linear_jobs(table, count, TYPES[dtype], torch.get_num_threads()):
             raise MemoryError(f"the CPU kernels ran out of memory on {count} products at once")
+
+    def steps(self, table: bytes, count: int, slots: bytes, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Run `count` steps of the `table` of `hfq_step` on the addresses in `slots`. Raises MemoryError.
+
+        `sizes`: rows, positions and tokens.
+        """
+        if self._c.hfq_steps(table, count, slots, *sizes, TYPES[dtype], torch.get_num_threads()):
+            raise MemoryError(f"the CPU kernels ran out of memory on {count} steps of {sizes[0]} rows")
 
 
 _REBUILD = "build it again: hfquant doctor --build"

@@ -643,6 +643,127 @@ bool rounded(Random &random, const std::vector<std::string> &isas, int threads) 
     return true;
 }
 
+// One step alone on slots of exactly its size: x and y, which may be one, other and more. Row r is at position
+// r % positions; y is x where it is written over it.
+struct AnyStep {
+    Sizes s;
+    hfq_step step = {};
+    int64_t rows, positions, tokens;
+    Numbers x, other, more, fixed;
+    bool over;
+
+    AnyStep(Random &random, int op) : AnyStep(random, Sizes(random), op, random.between(1, 5)) {}
+
+    int operator()(void *y, int threads) const {
+        void *const slots[] = {over ? y : x.data(), y, other.data(), more.data()};
+        if (over) std::memcpy(y, x.data(), size_t(s.m * s.n) * (s.type == HFQ_FLOAT32 ? 4 : 2));
+        return hfq_steps(&step, 1, slots, rows, positions, tokens, s.type, threads);
+    }
+
+    // What it gives for a row of x, and the sum of the magnitudes of what each number is the sum of.
+    void expect(int64_t row, double *y, double *terms) const {
+        const int64_t n = s.n, half = n / 2, start = row * n, turn = row / step.parts % positions * n;
+        std::vector<double> weight = step.op == HFQ_ATTEND ? attention(row) : std::vector<double>();
+        double squares = 0;
+        for (int64_t j = 0; j < n; j++) squares += x[start + j] * x[start + j];
+        for (int64_t j = 0; j < n; j++) {
+            const double value = x[start + j], swapped = j < half ? -x[start + (j + half) % n] : x[start + j - half];
+            double sum = 0, size = 0;
+            const auto plus = [&](double term) { sum += term, size += std::fabs(term); };
+            if (step.op == HFQ_NORM) plus(value / std::sqrt(squares / double(n) + step.eps) * fixed[j]);
+            if (step.op == HFQ_TURN) plus(value * other[turn + j]), plus(swapped * more[turn + j]);
+            if (step.op == HFQ_GATE) plus(value / (1 + std::exp(-value)) * other[start + j]);
+            if (step.op == HFQ_ADD) plus(value + other[start + j]);
+            for (size_t t = 0; t < weight.size(); t++)
+                plus(weight[t] * more[(row / step.sharing * tokens + int64_t(t)) * n + j]);
+            y[start + j] = sum, terms[start + j] = size;
+        }
+    }
+
+  private:
+    static Sizes sizes(Random &random, Sizes s, int op, int64_t rows, int64_t parts) {
+        if (random.one_in(16)) s.n = op == HFQ_ATTEND ? random.between(450, 512) : random.between(3000, 4000);
+        if (op == HFQ_TURN) s.n += s.n % 2;
+        s.m = rows * parts;
+        return s;
+    }
+    AnyStep(Random &random, const Sizes &any, int op, int64_t sharing)
+        : AnyStep(random, any, op, random.one_in(8) ? sharing + 8 : sharing, random.between(1, 2), random.between(1, 7)) {}
+
+    AnyStep(Random &random, const Sizes &any, int op, int64_t sharing, int64_t heads, int64_t count)
+        : s(sizes(random, any, op, count, op == HFQ_GATE || op == HFQ_ADD ? 1 : op == HFQ_ATTEND ? sharing * heads : heads)),
+          rows(count), positions(random.between(1, count)), tokens(op == HFQ_ATTEND ? random.between(1, 70) : 1),
+          x(random, s.m * s.n, s.type, -2, 2), other(random, second(op, heads), s.type, -2, 2),
+          more(random, op == HFQ_TURN || op == HFQ_ATTEND ? second(op, heads) : 0, s.type, -2, 2),
+          fixed(random, op == HFQ_NORM ? s.n : 0, s.type, -2, 2), over(random.one_in(2)) {
+        step.op = op, step.x = 0, step.y = 1, step.other = 2, step.more = 3, step.n = s.n, step.parts = s.m / rows;
+        step.eps = op == HFQ_ATTEND ? 1 / std::sqrt(float(s.n)) : 1e-5f, step.sharing = op == HFQ_ATTEND ? sharing : 1;
+        if (op == HFQ_NORM) step.fixed = fixed.data();
+    }
+    int64_t second(int op, int64_t heads) const {
+        return op == HFQ_NORM ? 0 : op == HFQ_TURN ? positions * s.n : op == HFQ_ATTEND ? rows * heads * tokens * s.n : s.m * s.n;
+    }
+    std::vector<double> attention(int64_t row) const {
+        std::vector<double> weight(size_t(tokens), 0.0);
+        double all = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            double score = 0;
+            for (int64_t i = 0; i < s.n; i++)
+                score += x[row * s.n + i] * other[(row / step.sharing * tokens + t) * s.n + i];
+            all += weight[size_t(t)] = std::exp(score * step.eps);
+        }
+        for (double &part : weight) part /= all;
+        return weight;
+    }
+};
+
+// Every kind of step, each alone.
+bool single_steps(Random &random, const std::vector<std::string> &isas, int threads) {
+    for (int op = HFQ_NORM; op <= HFQ_ATTEND; op++) {
+        const AnyStep any(random, op);
+        const Sizes &s = any.s;
+        Expected expected{std::vector<double>(size_t(s.m * s.n)), std::vector<double>(size_t(s.m * s.n))};
+        // Three roundings to the type; float32 sums of squares or scores, and an exponential.
+        const double relative = 3.1 * rounding(s.type) + (double(s.n) / 8 + 64) * 0x1p-23;
+        for (int64_t row = 0; row < s.m; row++) any.expect(row, expected.y.data(), expected.bound.data());
+        for (double &bound : expected.bound) bound = relative * bound + 4 * tiny(s.type);
+        if (agree(random, isas, s, expected, [&](void *y) { return any(y, threads); })) continue;
+        std::printf("step %d%s: %lld rows of %lld parts of %lld numbers of type %d, %lld positions, %lld tokens, sharing %lld\n",
+                    op, any.over ? " over x" : "", (long long)any.rows, (long long)any.step.parts, (long long)s.n, s.type,
+                    (long long)any.positions, (long long)any.tokens, (long long)any.step.sharing);
+        return false;
+    }
+    return true;
+}
+
+// Products behind a norm have the bits of single calls.
+bool joined_steps(Random &random, const std::vector<std::string> &isas, int threads) {
+    const Sizes s(random);
+    const AnyWeight weight(random, s);
+    const Numbers x(random, s.m * s.k, s.type, -2, 2), gain(random, s.k, s.type, -1, 1), bias(random, s.n, HFQ_FLOAT32, -1, 1);
+    const int count = int(random.between(1, 3));
+    for (const std::string &isa : isas) {
+        const Numbers normed(random, s.m * s.k, s.type, 5, 6), y(random, s.m * s.n, s.type, 5, 6);
+        const Numbers others[] = {{random, s.m * s.n, s.type, 5, 6}, {random, s.m * s.n, s.type, 5, 6}, {random, s.m * s.n, s.type, 5, 6}};
+        void *const slots[] = {x.data(), normed.data(), others[0].data(), others[1].data(), others[2].data()};
+        hfq_step steps[4] = {};
+        steps[0] = {HFQ_NORM, 0, 1, 0, 0, 1e-5f, s.k, 1, 1, nullptr, nullptr, gain.data()};
+        for (int i = 0; i < count; i++) steps[i + 1] = {HFQ_LINEAR, 1, i + 2, 0, 0, 0, s.n, 1, 1, &weight.w, nullptr, bias.data()};
+        const size_t bytes = size_t(s.m * s.n) * (s.type == HFQ_FLOAT32 ? 4 : 2);
+        bool same = !hfq_use(isa.c_str()) && !hfq_steps(steps, count + 1, slots, s.m, 1, 1, s.type, threads) &&
+                    !hfq_linear(&weight.w, normed.data(), bias.floats.data(), y.data(), s.m, s.type, threads);
+        for (int i = 0; i < count; i++) same = same && !std::memcmp(others[i].data(), y.data(), bytes);
+        if (same) continue;
+        std::printf("%s: %d products behind a norm are not those of single calls: ", isa.c_str(), count);
+        return describe(s, weight.w), false;
+    }
+    return true;
+}
+
+bool stepped(Random &random, const std::vector<std::string> &isas, int threads) {
+    return single_steps(random, isas, threads) && joined_steps(random, isas, threads);
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -661,8 +782,8 @@ int main(int count, char **arguments) {
     }
     for (int i = 0; i < problems; i++) {
         Random random(seed * 1000003 + uint64_t(i));
-        bool (*const problems[])(Random &, const std::vector<std::string> &, int) = {integers, floating, grids, rounded};
-        const auto problem = problems[i % 4];
+        bool (*const problems[])(Random &, const std::vector<std::string> &, int) = {integers, floating, grids, rounded, stepped};
+        const auto problem = problems[i % 5];
         if (!problem(random, isas, threads))
             return std::printf("problem %d of seed %llu\n", i, (unsigned long long)seed), 1;
     }

@@ -7,6 +7,7 @@
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
 #include "grid_input.h"
+#include "steps.h"
 
 namespace {
 
@@ -89,7 +90,7 @@ int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_b
 
 bool supported() { return supports_avx512() && supports_tiles(); }
 
-const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInTiles>};
+const Isa ISA = {"amx", supported, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInTiles>, step};
 
 }  // namespace
 

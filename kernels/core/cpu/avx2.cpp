@@ -3,6 +3,7 @@
 #include "avx2_rounding.h"
 #include "grid_input.h"
 #include "portable.h"
+#include "steps.h"
 
 #include <immintrin.h>
 
@@ -68,7 +69,7 @@ int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int t
     return dequantize_with<EightLanes>(w, first, last, to, type, threads);
 }
 
-const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid, round, dequantize, nullptr};
+const Isa ISA = {"avx2", supported, linear, linear_int, linear_grid, round, dequantize, nullptr, step};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include "avx512_linear.h"
 #include "avx512_rounding.h"
 #include "grid_input.h"
+#include "steps.h"
 
 namespace {
 
@@ -46,7 +47,7 @@ int linear_int(const Problem &p, const hfq_input &input) {
 
 int linear_grid(const Problem &p, const hfq_input &input) { return grid_linear_bf16(p, input, linear); }
 
-const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInVectors>};
+const Isa ISA = {"avx512_bf16", supports_avx512, linear, linear_int, linear_grid, round, dequantize, input_grad_with<GradientInVectors>, step};
 
 }  // namespace
 

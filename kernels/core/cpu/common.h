@@ -33,20 +33,22 @@ inline bf16 to_bf16(float value) {
     return bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Exact: a multiplication moves the exponent, subnormal numbers included.
+// Exact: a multiplication moves the exponent, subnormal numbers included. Without branches, as what follows: compilers
+// make vectors of it.
 inline float from_half(half value) {
-    uint32_t sign = uint32_t(value & 0x8000) << 16, rest = value & 0x7FFF;
-    if (rest >= 0x7C00) return to_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);  // infinity, NaN
-    return to_float(sign | to_bits(to_float(rest << 13) * 0x1p112f));
+    const uint32_t sign = uint32_t(value & 0x8000) << 16, rest = value & 0x7FFF;
+    const uint32_t number = to_bits(to_float(rest << 13) * 0x1p112f), special = 0x7F800000 | (rest & 0x3FF) << 13;
+    return to_float(sign | (rest >= 0x7C00 ? special : number));
 }
 
 // Nearest, ties to even, also where the result is subnormal.
 inline half to_half(float value) {
-    uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
-    if (rest > 0x7F800000) return half(sign | 0x7E00);
-    if (rest >= 0x477FF000) return half(sign | 0x7C00);                                        // rounds to infinity
-    if (rest < 0x38800000) return half(sign | (to_bits(to_float(rest) + 0.5f) - 0x3F000000));  // subnormal
-    return half(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13);
+    const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+    const uint32_t subnormal = to_bits(to_float(rest) + 0.5f) - 0x3F000000;
+    const uint32_t normal = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+    uint32_t found = rest < 0x38800000 ? subnormal : normal;
+    found = rest >= 0x477FF000 ? 0x7C00 : found;  // rounds to infinity
+    return half(sign | (rest > 0x7F800000 ? 0x7E00 : found));
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -98,6 +98,12 @@ int hfq_input_grad(const hfq_weight *weight, const void *grad, void *to, int64_t
     return isa->input_grad ? isa->input_grad(Problem{*weight, grad, nullptr, to, m, type, threads}) : 1;
 }
 
+int run_step(const StepProblem &step) {
+    const Isa *isa = chosen();
+    if (isa) isa->step(step);
+    return isa ? 0 : -1;
+}
+
 int hfq_dequantize(const hfq_weight *weight, int64_t first, int64_t last, void *to, int type, int threads) {
     const Isa *isa = chosen();
     return isa ? isa->dequantize(*weight, first, last, to, type, threads) : -1;

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define HFQ_ABI 4
+#define HFQ_ABI 5
 #define HFQ_EXPORT __attribute__((visibility("default")))
 
 enum hfq_type { HFQ_FLOAT32 = 0, HFQ_BFLOAT16 = 1, HFQ_FLOAT16 = 2 };
@@ -87,6 +87,32 @@ typedef struct hfq_rounding {
     int32_t keeps_nan;        /* whether the level nearest to NaN is NaN; with thresholds it is the last one otherwise */
 } hfq_rounding;
 
+/* What a step of `hfq_steps` does with a matrix x, whose rows follow each other without gaps. */
+enum hfq_op {
+    HFQ_LINEAR = 0, /* y = x W^T + bias */
+    HFQ_NORM = 1,   /* y = fixed [n] * x / sqrt(mean of the row's squares + eps) */
+    HFQ_TURN = 2,   /* rotary positions: y = x * cos + (-upper half of x, lower half of x) * sin; n is even */
+    HFQ_GATE = 3,   /* y = silu(x) * other */
+    HFQ_ADD = 4,    /* y = x + other */
+    HFQ_ATTEND = 5  /* y = softmax(x keys^T * eps) values, in float32: one token per row, its heads of n <= 512 */
+};
+
+/* One of several steps. x, y, other and more are numbers of slots, which hold addresses. All but HFQ_LINEAR see x as
+ * [rows * parts, n], round to its type after each operation, and may write y over x or other. */
+typedef struct hfq_step {
+    int32_t op;               /* hfq_op */
+    int32_t x, y;
+    int32_t other;            /* second operand; HFQ_TURN: cosines [positions, n]; HFQ_ATTEND: keys, */
+    int32_t more;             /* sines [positions, n]; values, like keys [rows, parts / sharing, tokens, n] */
+    float eps;                /* or the factor of scores */
+    int64_t n;                /* columns */
+    int64_t parts;            /* rows of x for each row of the input: heads */
+    int64_t sharing;          /* HFQ_ATTEND: heads of x for each head of keys and values */
+    const hfq_weight *weight; /* HFQ_LINEAR, */
+    const hfq_input *input;   /* as in hfq_job */
+    const void *fixed;        /* bias [n] float32 or NULL; gain of a norm, of the type of x */
+} hfq_step;
+
 /* Version of this interface, to be compared with HFQ_ABI. */
 HFQ_EXPORT int hfq_abi(void);
 
@@ -133,6 +159,12 @@ HFQ_EXPORT int hfq_input_grad(const hfq_weight *weight, const void *grad, void *
 /* Several products; x and y of all are of `type`. The results are those of single calls. Returns 0, or -1 if one failed:
  * then nothing is known of what is in any y. */
 HFQ_EXPORT int hfq_linear_jobs(const hfq_job *jobs, int64_t count, int type, int threads);
+
+/* Several steps, each on what those before it wrote: x of `rows` rows, of which row r is at position r % positions.
+ * Products in a row that read one slot run at once. Returns 0, or -1 if one failed: then nothing is known of what is in
+ * any slot. */
+HFQ_EXPORT int hfq_steps(const hfq_step *steps, int64_t count, void *const *slots, int64_t rows, int64_t positions,
+                         int64_t tokens, int type, int threads);
 
 /* The sum of `count` words, read by `threads` threads as fast as memory gives them; up to 32 a thread may be left out. */
 HFQ_EXPORT int64_t hfq_read(const int64_t *from, int64_t count, int threads);

@@ -28,6 +28,18 @@ struct RoundingProblem {
     int threads;
 };
 
+// A small operation on x [m * parts, n] of `type`, with every pointer that it needs.
+struct StepProblem {
+    int op;
+    const void *x, *other, *more;
+    void *y;
+    const void *fixed;
+    int64_t m, n, parts, sharing, positions, tokens;
+    float eps;
+    int type;
+    int threads;
+};
+
 struct Isa {
     const char *name;
     bool (*supported)();
@@ -37,7 +49,11 @@ struct Isa {
     void (*round)(const RoundingProblem &problem);
     int (*dequantize)(const hfq_weight &weight, int64_t first, int64_t last, void *to, int type, int threads);
     int (*input_grad)(const Problem &problem);  // x [m, n] and y [m, k]; 1 for what it is not made for, NULL for none
+    void (*step)(const StepProblem &step);
 };
+
+// With the instruction set in use. Returns 0, or -1 if there is none.
+int run_step(const StepProblem &step);
 
 // Weak: a source whose instructions the compiler does not know is not in the library.
 extern "C" {

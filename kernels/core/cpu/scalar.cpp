@@ -2,6 +2,7 @@
 #include "grid_input.h"
 #include "portable.h"
 #include "portable_rounding.h"
+#include "steps.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ int dequantize(const hfq_weight &w, int64_t first, int64_t last, void *to, int t
     return dequantize_with<OneLane>(w, first, last, to, type, threads);
 }
 
-const Isa ISA = {"scalar", supported, linear, linear_int, linear_grid, round, dequantize, nullptr};
+const Isa ISA = {"scalar", supported, linear, linear_int, linear_grid, round, dequantize, nullptr, step};
 
 }  // namespace
 
