@@ -643,8 +643,7 @@ bool rounded(Random &random, const std::vector<std::string> &isas, int threads) 
     return true;
 }
 
-// One step alone on slots of exactly its size: x and y, which may be one, other and more. Row r is at position
-// r % positions; y is x where it is written over it.
+// One step, on arrays of exactly what it reads and writes. `over`: it writes over x.
 struct AnyStep {
     Sizes s;
     hfq_step step = {};
@@ -701,7 +700,8 @@ struct AnyStep {
         if (op == HFQ_NORM) step.fixed = fixed.data();
     }
     int64_t second(int op, int64_t heads) const {
-        return op == HFQ_NORM ? 0 : op == HFQ_TURN ? positions * s.n : op == HFQ_ATTEND ? rows * heads * tokens * s.n : s.m * s.n;
+        if (op == HFQ_NORM) return 0;
+        return s.n * (op == HFQ_TURN ? positions : op == HFQ_ATTEND ? rows * heads * tokens : s.m);
     }
     std::vector<double> attention(int64_t row) const {
         std::vector<double> weight(size_t(tokens), 0.0);
@@ -744,15 +744,18 @@ bool joined_steps(Random &random, const std::vector<std::string> &isas, int thre
     const int count = int(random.between(1, 3));
     for (const std::string &isa : isas) {
         const Numbers normed(random, s.m * s.k, s.type, 5, 6), y(random, s.m * s.n, s.type, 5, 6);
-        const Numbers others[] = {{random, s.m * s.n, s.type, 5, 6}, {random, s.m * s.n, s.type, 5, 6}, {random, s.m * s.n, s.type, 5, 6}};
-        void *const slots[] = {x.data(), normed.data(), others[0].data(), others[1].data(), others[2].data()};
-        hfq_step steps[4] = {};
-        steps[0] = {HFQ_NORM, 0, 1, 0, 0, 1e-5f, s.k, 1, 1, nullptr, nullptr, gain.data()};
-        for (int i = 0; i < count; i++) steps[i + 1] = {HFQ_LINEAR, 1, i + 2, 0, 0, 0, s.n, 1, 1, &weight.w, nullptr, bias.data()};
+        std::vector<Numbers> others;
+        std::vector<void *> slots = {x.data(), normed.data()};
+        std::vector<hfq_step> steps = {{HFQ_NORM, 0, 1, 0, 0, 1e-5f, s.k, 1, 1, nullptr, nullptr, gain.data()}};
+        for (int i = 0; i < count; i++) {
+            others.emplace_back(random, s.m * s.n, s.type, 5, 6);
+            slots.push_back(others.back().data());
+            steps.push_back({HFQ_LINEAR, 1, i + 2, 0, 0, 0, s.n, 1, 1, &weight.w, nullptr, bias.data()});
+        }
         const size_t bytes = size_t(s.m * s.n) * (s.type == HFQ_FLOAT32 ? 4 : 2);
-        bool same = !hfq_use(isa.c_str()) && !hfq_steps(steps, count + 1, slots, s.m, 1, 1, s.type, threads) &&
+        bool same = !hfq_use(isa.c_str()) && !hfq_steps(steps.data(), count + 1, slots.data(), s.m, 1, 1, s.type, threads) &&
                     !hfq_linear(&weight.w, normed.data(), bias.floats.data(), y.data(), s.m, s.type, threads);
-        for (int i = 0; i < count; i++) same = same && !std::memcmp(others[i].data(), y.data(), bytes);
+        for (const Numbers &other : others) same = same && !std::memcmp(other.data(), y.data(), bytes);
         if (same) continue;
         std::printf("%s: %d products behind a norm are not those of single calls: ", isa.c_str(), count);
         return describe(s, weight.w), false;

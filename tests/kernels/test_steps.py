@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import cast
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from torch.nn.functional import silu
 
 from hfquant import cpu
 from hfquant.blocks import Blocks
-from hfquant.cpu.jobs import Direct
 from hfquant.cpu.steps import Steps
 from hfquant.halves import Gain
+from hfquant.kernel import Bound
 from hfquant.spec import TensorSpec
 
 from .problems import DTYPES, ISAS, LIBRARY, SUMS, normal, packed, random_weight
 
-SEEDS, ROWS, PARTS = st.integers(0, 2**31), st.sampled_from([1, 2, 5, 13]), st.sampled_from([1, 2, 3])
+SEEDS, ROWS, PARTS = st.integers(0, 2**31), st.sampled_from([1, 2, 5, 13]), st.integers(1, 3)
 COLUMNS = st.sampled_from([1, 7, 16, 31, 32, 33, 50, 64, 2048])
 HEADS, TOKENS = st.sampled_from([8, 20, 64, 80, 96, 128, 512]), st.sampled_from([1, 31, 32, 33, 100])
 SHARING = st.sampled_from([1, 2, 4, 9, 16])  # more than 8 do not go at once
@@ -57,9 +56,8 @@ def assert_as_torch(y: Tensor, wanted: Tensor) -> None:
     """The same numbers up to a last place of each of two roundings, the same infinities, NaN in the same places."""
     assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.isinf(), wanted.isinf())
     found, wanted = y.double().nan_to_num(), wanted.double().nan_to_num()  # infinities are the largest numbers
-    assert (
-        (found - wanted).abs() <= (2 * torch.finfo(y.dtype).eps + SUMS) * wanted.abs() + 2 * smallest(y.dtype)
-    ).all()
+    bound = (2 * torch.finfo(y.dtype).eps + SUMS) * wanted.abs() + 2 * smallest(y.dtype)
+    assert ((found - wanted).abs() <= bound).all()
 
 
 def norm(x: Tensor, gain: Gain, parts: int = 1) -> Tensor:
@@ -92,10 +90,12 @@ def test_norm_of_unusual_numbers(isa: str, columns: int, dtype: torch.dtype) -> 
     x, tiny, most = normal(300, columns).to(dtype), smallest(dtype), torch.finfo(dtype).max
     x[0], x[1], x[2], x[3], x[4, 0] = 0.0, tiny, 3 * tiny, most, -most
     x[5, 0], x[6, -1], x[7, 0], x[8, 0] = torch.nan, torch.inf, -torch.inf, tiny
-    for eps in (1e-6, 0.0):
-        gain = Gain(normal(columns, seed=1).to(dtype), eps)
-        factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-        assert_as_torch(norm(x, gain), gain.weight * (x.float() * factor).to(dtype))
+    for gain in (Gain(normal(columns, seed=1).to(dtype), eps) for eps in (1e-6, 0.0)):
+        factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + gain.eps)
+        y, wanted = norm(x, gain), gain.weight * (x.float() * factor).to(dtype)
+        assert_as_torch(y, wanted)
+        same = (y == wanted)[9:].double().mean()
+        assert dtype == torch.float32 or same > 0.98  # the order of a sum hardly ever changes what 16 bits are
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -108,8 +108,8 @@ def test_turns_are_those_of_torch(name: str, half: int, rows: int, parts: int, e
     angle = normal(positions, 1, 2 * half, seed=seed + 1) * 9
     for dtype in DTYPES:
         x, cos, sin = normal(rows, parts, 2 * half, seed=seed).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype)
-        at, swapped = torch.arange(rows) % positions, torch.cat((-x[..., half:], x[..., :half]), -1)
-        wanted = x * cos[at] + swapped * sin[at]
+        at = torch.arange(rows) % positions
+        wanted = x * cos[at] + torch.cat((-x[..., half:], x[..., :half]), -1) * sin[at]
         with LIBRARY.using(name):
             run(steps, [x, cos, sin], rows, positions)
         if dtype == torch.float32:  # a product that goes into a sum may not be rounded
@@ -125,9 +125,8 @@ def test_gates_and_sums(name: str, columns: int, rows: int, size: float, seed: i
     """A gate is silu(x) * other in the place of x; a sum is that of torch, in a place of its own, of x or of other."""
     gate, add = Steps(), Steps()
     gate.gate(0, 1, columns)
-    for y in (2, 0):
-        add.add(0, 1, y, columns)
-    add.add(2, 1, 1, columns)  # the sum and other
+    for x, y in ((0, 2), (0, 0), (2, 1)):
+        add.add(x, 1, y, columns)
     for dtype in DTYPES:
         a, b = (normal(rows, columns, seed=seed) * size).to(dtype), normal(rows, columns, seed=seed + 1).to(dtype)
         gated, x, other, y = a.clone(), a.clone(), b.clone(), torch.full_like(a, torch.nan)
@@ -135,8 +134,7 @@ def test_gates_and_sums(name: str, columns: int, rows: int, size: float, seed: i
             run(gate, [gated, b], rows)
             run(add, [x, other, y], rows)
         assert_rounded_twice(gated, silu(a.double()) * b.double(), b)
-        for found, wanted in ((y, a + b), (x, a + b), (other, a + b + b)):
-            assert_bits(found, wanted)
+        assert_bits(torch.cat((y, x, other)), torch.cat((a + b, a + b, a + b + b)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +171,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def test_attention(name: str, n: int, tokens: int, sharing: int, heads: int, rows: int, seed: int) -> None:
     for dtype in DTYPES:
         q = normal(rows, heads * sharing, n, seed=seed).to(dtype)
-        k, v = (normal(rows, heads, tokens, n, seed=seed + at).to(dtype) for at in (1, 2))
+        k, v = normal(2, rows, heads, tokens, n, seed=seed + 1).to(dtype)
         many = (x.double().repeat_interleave(sharing, 1) for x in (k, v))
         exact = torch.nn.functional.scaled_dot_product_attention(q.double().unsqueeze(2), *many, scale=n**-0.5)
         with LIBRARY.using(name):
@@ -191,23 +189,33 @@ def test_attention_with_scores_that_are_large_or_equal(isa: str, tokens: int, dt
         k = (spread + shift).to(dtype).view(1, 1, tokens, 1).repeat(1, 1, 1, 20)
         y = attend(torch.ones(1, 3, 20, dtype=dtype), k, v, 1e4 / 20)
         assert torch.equal(y, v[:, :, spread.argmax()].expand_as(y))  # e^-100 of the others is nothing
-    y = attend(torch.zeros(1, 3, 20, dtype=dtype), k, v, 1.0).double()
-    assert torch.allclose(y, v.double().mean(2).expand_as(y), rtol=torch.finfo(dtype).eps, atol=SUMS)
+    y, equal = attend(torch.zeros(1, 3, 20, dtype=dtype), k, v, 1.0).double(), v.double().mean(2)
+    assert torch.allclose(y, equal.expand_as(y), rtol=torch.finfo(dtype).eps, atol=SUMS)
 
 
 def test_attention_shows_what_is_not_a_number(isa: str) -> None:
     """To the queries that share it, and to no others."""
-    q, k, v = normal(2, 18, 20), normal(2, 2, 33, 20, seed=1), normal(2, 2, 33, 20, seed=2)
-    for x, token in ((k, 0), (k, 32), (v, 7)):
-        broken = x.clone()
-        broken[1, 0, token] = torch.nan
-        y = attend(q, *((broken, v) if x is k else (k, broken)), 0.2)
+    for at, token in ((0, 0), (0, 32), (1, 7)):
+        q, pair = normal(2, 18, 20), normal(2, 2, 2, 33, 20, seed=1)
+        pair[at, 1, 0, token] = torch.nan
+        y = attend(q, *pair, 0.2)
         assert y[1, :9].isnan().all() and y[0].isfinite().all() and y[1, 9:].isfinite().all()
 
 
-def bound_weight(n: int, k: int, seed: int) -> tuple[Direct, list[Tensor]]:
+def test_attention_leaves_out_what_is_infinitely_far(isa: str) -> None:
+    """As a mask would: the first tokens alone, and all of them, which leaves nothing."""
+    k, v = torch.zeros(1, 1, 70, 8), normal(1, 1, 70, 8)
+    for count in (32, 33, 69):
+        far = k.clone()
+        far[:, :, :count] = -torch.inf
+        y = attend(torch.ones(1, 2, 8), far, v, 1.0)
+        assert torch.allclose(y, v[:, :, count:].mean(2).expand_as(y), atol=SUMS)
+    assert attend(torch.ones(1, 2, 8), torch.full_like(k, -torch.inf), v, 1.0).isnan().all()
+
+
+def bound_weight(n: int, k: int, seed: int) -> tuple[Bound, list[Tensor]]:
     tensors, spec = packed(random_weight((n, k), TensorSpec("int4", Blocks(1, 32)), seed), "dense")
-    return cast(Direct, cpu.bind(tensors, spec)), tensors
+    return cpu.bind(tensors, spec), tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,10 +230,9 @@ def test_products_have_the_bits_of_single_calls(isa: str, rows: int, dtype: torc
         for slot, ((bound, _), bias) in enumerate(zip(weights, biases, strict=True), 2):
             steps.product(bound, bias, 1, slot)
         ys = [torch.full((rows, n), torch.nan, dtype=dtype) for n in sizes]
-        run(steps, [x, torch.full_like(x, torch.nan), *ys], rows)
-        normed = norm(x, gain)
+        run(steps, [x, x.clone(), *ys], rows)
         for y, (bound, held), bias in zip(ys, weights, biases, strict=True):
-            assert torch.equal(y, bound(normed, held, bias))
+            assert torch.equal(y, bound(norm(x, gain), held, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,9 +240,9 @@ def test_products_have_the_bits_of_single_calls(isa: str, rows: int, dtype: torc
 def test_results_do_not_depend_on_threads(isa: str, rows: int, dtype: torch.dtype) -> None:
     """All steps one after the other, with as many numbers as make threads worth it, and few."""
     (bound, held), steps, before, found = bound_weight(512, 512, 0), Steps(), torch.get_num_threads(), []
-    x, gain, angle = normal(rows, 512).to(dtype), Gain(normal(512, seed=1).to(dtype), 1e-6), normal(rows, 64)
-    k, v = normal(rows, 2, 40, 64, seed=2).to(dtype), normal(rows, 2, 40, 64, seed=3).to(dtype)
-    steps.norm(gain, 0, 5)
+    x, gain, angle = normal(rows, 512).to(dtype), normal(512, seed=1).to(dtype), normal(rows, 64)
+    given = [part.to(dtype) for part in (*normal(2, rows, 2, 40, 64, seed=2), angle.cos(), angle.sin())]
+    steps.norm(Gain(gain, 1e-6), 0, 5)
     for slot in (6, 7):
         steps.product(bound, None, 5, slot)
     steps.turn(6, 3, 4, 64, 8)
@@ -246,7 +253,7 @@ def test_results_do_not_depend_on_threads(isa: str, rows: int, dtype: torch.dtyp
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             made = [torch.full_like(x, torch.nan) for _ in range(3)]
-            run(steps, [x, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *made], rows, rows, 40)
+            run(steps, [x, *given, *made], rows, rows, 40)
             found.append(torch.cat(made))
     finally:
         torch.set_num_threads(before)

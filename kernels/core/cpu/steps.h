@@ -35,7 +35,7 @@ inline void put(void *to, int64_t index, float value) {
         store(to, index, TYPE, value);
 }
 
-// e^x within two units in the last place, 0 below 2^-126: 2^power times the polynomial of Cephes' expf for what remains.
+// e^x within two units in the last place, 0 from about 2^-125.5 on: 2^power times the polynomial of Cephes' expf for what remains.
 inline float exponential(float x) {
     x = -87.5f > x ? -87.5f : x;
     x = 89.0f < x ? 89.0f : x;  // infinity from here on; NaN stays
@@ -122,23 +122,25 @@ inline float inner(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-// Up to TOKENS more tokens for one query; keys and values [tokens, n].
-inline void gather(Gathered &to, const float *query, const float *keys, const float *values, int64_t tokens, int64_t n) {
-    alignas(64) float weight[TOKENS];
+// Up to TOKENS more tokens for one query; keys [tokens, n], and values [tokens, n] with zeros behind each row, up to `wide`.
+inline void gather(Gathered &to, const float *query, const float *keys, const float *values, int64_t tokens, int64_t n,
+                   int64_t wide) {
+    alignas(64) float weight[TOKENS] = {};
     for (int64_t t = 0; t < tokens; t++) weight[t] = inner(query, keys + t * n, n);
     float most = to.most, sum = 0.0f;
     for (int64_t t = 0; t < tokens; t++) most = weight[t] > most ? weight[t] : most;
+    const float below = most == -INFINITY ? 0.0f : most;  // infinities have no difference
 #pragma omp simd
-    for (int64_t t = 0; t < TOKENS; t++) weight[t] = exponential(weight[t] - most);
+    for (int64_t t = 0; t < TOKENS; t++) weight[t] = exponential(weight[t] - below);
     for (int64_t t = 0; t < tokens; t++) sum += weight[t];
-    const float shrunk = exponential(to.most - most);
+    const float shrunk = exponential(to.most - below);
     to.most = most;
     to.sum = to.sum * shrunk + sum;
-    for (int64_t j = 0; j < n; j += SUMS) {
+    for (int64_t j = 0; j < wide; j += SUMS) {
         float lanes[SUMS];
         for (int64_t l = 0; l < SUMS; l++) lanes[l] = to.values[j + l] * shrunk;
         for (int64_t t = 0; t < tokens; t++)
-            for (int64_t l = 0; l < SUMS; l++) lanes[l] += weight[t] * values[t * n + j + l];
+            for (int64_t l = 0; l < SUMS; l++) lanes[l] += weight[t] * values[t * wide + j + l];
         for (int64_t l = 0; l < SUMS; l++) to.values[j + l] = lanes[l];
     }
 }
@@ -146,8 +148,10 @@ inline void gather(Gathered &to, const float *query, const float *keys, const fl
 // Attention of one token: up to QUERIES heads that share the keys and values [tokens, n] of head `shared`.
 template <int TYPE>
 void attend_heads(const StepProblem &s, int64_t first, int64_t count, int64_t shared) {
-    alignas(64) float query[QUERIES][WIDEST], keys[TOKENS * WIDEST], values[(TOKENS + 1) * WIDEST];
+    alignas(64) float query[QUERIES][WIDEST], keys[TOKENS * WIDEST], values[TOKENS * WIDEST];
     Gathered gathered[QUERIES];
+    const int64_t wide = ceil_div(s.n, SUMS) * SUMS;
+    if (wide > s.n) std::memset(values, 0, TOKENS * wide * sizeof(float));
     for (int64_t q = 0; q < count; q++) {
         for (int64_t j = 0; j < s.n; j++) query[q][j] = load(s.x, (first + q) * s.n + j, TYPE) * s.eps;
         gathered[q].most = -INFINITY;
@@ -156,12 +160,13 @@ void attend_heads(const StepProblem &s, int64_t first, int64_t count, int64_t sh
     }
     for (int64_t t = 0; t < s.tokens; t += TOKENS) {
         const int64_t tokens = s.tokens - t < TOKENS ? s.tokens - t : TOKENS, start = (shared * s.tokens + t) * s.n;
+        for (int64_t u = 0; u < tokens; u++)
 #pragma omp simd
-        for (int64_t j = 0; j < tokens * s.n; j++) {
-            keys[j] = load(s.other, start + j, TYPE);
-            values[j] = load(s.more, start + j, TYPE);
-        }
-        for (int64_t q = 0; q < count; q++) gather(gathered[q], query[q], keys, values, tokens, s.n);
+            for (int64_t j = 0; j < s.n; j++) {
+                keys[u * s.n + j] = load(s.other, start + u * s.n + j, TYPE);
+                values[u * wide + j] = load(s.more, start + u * s.n + j, TYPE);
+            }
+        for (int64_t q = 0; q < count; q++) gather(gathered[q], query[q], keys, values, tokens, s.n, wide);
     }
     for (int64_t q = 0; q < count; q++)
         for (int64_t j = 0; j < s.n; j++)
