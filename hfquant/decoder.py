@@ -5,6 +5,7 @@ A token that attends to few others takes one call a layer: from one attention to
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import CHANGING
 from .binding import is_plain
-from .decoder_parts import ATTENTION, PRODUCTS, Pieces, Watch, find
-from .decoder_probe import ASKED, AttentionCall, Disagreement, ask
+from .decoder_parts import ATTENTION, Pieces, Watch, find
+from .decoder_probe import AttentionCall, Disagreement, ask
 from .halves import Decode, Halves
 
+# Keywords that may change what torch's attention computes; it leaves all others alone.
+_READ = {*CHANGING, "output_attentions", *inspect.signature(sdpa_attention_forward).parameters}
 EAGER = "eager"  # attention that models bring along themselves
 
 
@@ -51,14 +55,14 @@ class Chain:
 
 
 class WholeLayer:
-    """Stands for the `forward` of a decoder layer.
+    """Stands for the `forward` of a decoder layer, whose products are called `names` in it.
 
     Where anything is not as it was when `call` was found out, or somebody watches, the layer's own code runs. Copies
     find out what they can do when they are called. Which layer follows is seen when it gets the result of this one.
     """
 
-    def __init__(self, layer: nn.Module, call: AttentionCall, chain: Chain) -> None:
-        self.layer, self.call, self.chain = layer, call, chain
+    def __init__(self, layer: nn.Module, names: tuple[str, ...], call: AttentionCall, chain: Chain) -> None:
+        self.layer, self.names, self.call, self.chain = layer, names, call, chain
         self._own = type(layer).forward
         self._ready: tuple[Pieces, Watch] | None = None
         self._plan: tuple[tuple[Any, ...], Halves | None] = (), None  # the halves, and what they are for
@@ -66,12 +70,12 @@ class WholeLayer:
         self._chained: tuple[Halves, Halves, Decode | None] | None = None
         self._runs = False
 
-    def __reduce__(self) -> tuple[type[WholeLayer], tuple[nn.Module, AttentionCall, Chain]]:
-        return WholeLayer, (self.layer, self.call, self.chain)
+    def __reduce__(self) -> tuple[type[WholeLayer], tuple[Any, ...]]:
+        return WholeLayer, (self.layer, self.names, self.call, self.chain)
 
     def seen(self) -> list[tuple[int, ...]]:
         """The numbers of the products that ran together so far: all of them, or none."""
-        return [tuple(range(len(PRODUCTS)))] if self._runs else []
+        return [tuple(range(len(self.names)))] if self._runs else []
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer makes of `hidden_states` [B, T, C], with the arguments that transformers gives it."""
@@ -95,7 +99,7 @@ class WholeLayer:
             key, value = past_key_values.update(key, value, self.call.index)
         self._runs = True
         plain = attention_mask is None and attend is sdpa_attention_forward and _is_one(query, key, value)
-        if plain and all(given[name] is None for name in given.keys() - ASKED):
+        if plain and all(given[name] is None for name in given.keys() & _READ):
             y = self._decode(halves, x, (query, key, value), position_embeddings)
             if y is not None:
                 return y
@@ -207,6 +211,7 @@ def whole(layer: nn.Module, chain: Chain) -> WholeLayer | str | None:
         return "there are hooks on modules inside of it"
     first = pieces.products["query"]
     try:
-        return WholeLayer(layer, ask(pieces, torch.zeros(1, first.in_features, dtype=first.dtype)), chain)
+        call = ask(pieces, torch.zeros(1, first.in_features, dtype=first.dtype))
     except Disagreement as disagreement:
         return str(disagreement)
+    return WholeLayer(layer, tuple(".".join(place) for place in pieces.places.values()), call, chain)

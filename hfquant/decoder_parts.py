@@ -17,15 +17,13 @@ from .kernel import forced_kernel
 from .nn import QLinear
 
 ATTENTION, MLP = "self_attn", "mlp"
-PRODUCTS = {
+OF_ATTENTION = {
     "query": (ATTENTION, "q_proj"),
     "key": (ATTENTION, "k_proj"),
     "value": (ATTENTION, "v_proj"),
     "output": (ATTENTION, "o_proj"),
-    "gate": (MLP, "gate_proj"),
-    "up": (MLP, "up_proj"),
-    "down": (MLP, "down_proj"),
 }
+OF_MLP = {"gate": (MLP, "gate_proj"), "up": (MLP, "up_proj"), "down": (MLP, "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")
 ACTIVATION = "act_fn"
@@ -35,9 +33,13 @@ _EPSILONS = ("variance_epsilon", "eps")
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """The modules of a decoder layer: its seven products by the names of `PRODUCTS`, and its norms."""
+    """The modules of a decoder layer: its norms, and its products by the names of `OF_ATTENTION` and `OF_MLP`.
+
+    `places`: where the products are. Those of an MLP of another kind, such as experts, are not among them.
+    """
 
     layer: nn.Module
+    places: dict[str, tuple[str, str]]
     products: dict[str, QLinear]
     norms: tuple[nn.Module, nn.Module]
     head_norms: tuple[nn.Module, nn.Module] | None
@@ -46,6 +48,11 @@ class Pieces:
     def attention(self) -> nn.Module:
         """The module that computes attention."""
         return self.layer._modules[ATTENTION]  # type: ignore[return-value]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its MLP is one of the three products."""
+        return "gate" in self.products
 
     def halves(self, x: Tensor, head: int, scale: float | None = None) -> Halves | None:
         """What runs the layer for inputs like `x`; `head`, `scale`: as in `DecoderParts`. None if nothing does."""
@@ -59,15 +66,24 @@ class Pieces:
         if make is None or None in bounds.values() or any(kernel is not kernels[0] for kernel in kernels):
             return None
         gains = [_gain(norm) for norm in (*self.norms, *(self.head_norms or ()))]
-        if any(isinstance(gain, str) or gain.weight.dtype != x.dtype for gain in gains):
-            return None
+        sizes = [x.shape[-1]] * len(self.norms) + [head] * len(self.head_norms or ())
+        for gain, size in zip(gains, sizes, strict=True):
+            if isinstance(gain, str) or (gain.weight.dtype, gain.weight.numel()) != (x.dtype, size):
+                return None
         biases = {name: product._parameters["bias"] for name, product in self.products.items()}
         first, last, *heads = gains
-        return make(DecoderParts(head, scale, bounds, biases, first, tuple(heads) or None, last))  # type: ignore[arg-type]
+        mlp = None if self.is_gated else self._mlp
+        return make(DecoderParts(head, scale, bounds, biases, first, tuple(heads) or None, last, mlp))  # type: ignore[arg-type]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer._modules[MLP](x)  # type: ignore[misc]
+        return found
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules below the layer whose own calls are left out when it runs as a whole."""
-        yield from (self.attention, self.layer._modules[MLP])  # type: ignore[misc]
+        yield self.attention
+        if self.is_gated:
+            yield self.layer._modules[MLP]  # type: ignore[misc]
         yield from (*self.products.values(), *self.norms, *(self.head_norms or ()))
 
 
@@ -77,17 +93,37 @@ def find(layer: nn.Module) -> Pieces | str | None:
     norms = [layer._modules.get(name) for name in NORMS]
     if attention is None or mlp is None or None in norms:
         return None
-    products = {name: layer._modules[parent]._modules.get(leaf) for name, (parent, leaf) in PRODUCTS.items()}  # type: ignore[union-attr]
+    places = {**OF_ATTENTION, **OF_MLP} if _is_gated(mlp) else OF_ATTENTION
+    products = {name: layer._modules[parent]._modules.get(leaf) for name, (parent, leaf) in places.items()}  # type: ignore[union-attr]
     if missing := [name for name, product in products.items() if not isinstance(product, QLinear)]:
-        return f"{'.'.join(PRODUCTS[missing[0]])} is no quantized linear layer"
-    if type(act := mlp._modules.get(ACTIVATION)).__name__ not in ("SiLUActivation", "SiLU"):
-        return f"its activation is {type(act).__name__}, not SiLU"
+        return f"{'.'.join(places[missing[0]])} is no quantized linear layer"
+    if not _fit(products):  # type: ignore[arg-type]
+        return "its products have other sizes than those of a decoder layer"
     heads = [attention._modules.get(name) for name in HEAD_NORMS]
     found = [norm for norm in (*norms, *heads) if norm is not None]
     for norm in found:
         if isinstance(reason := _gain(norm), str):
             return reason
-    return Pieces(layer, products, tuple(norms), None if None in heads else tuple(heads))  # type: ignore[arg-type]
+    return Pieces(layer, places, products, tuple(norms), None if None in heads else tuple(heads))  # type: ignore[arg-type]
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    """Whether an MLP has the three products and the activation of one that is down(silu(gate(x)) * up(x))."""
+    products = [mlp._modules.get(leaf) for _, leaf in OF_MLP.values()]
+    known = type(mlp._modules.get(ACTIVATION)).__name__ in ("SiLUActivation", "SiLU")
+    return known and all(isinstance(product, QLinear) for product in products)
+
+
+def _fit(products: dict[str, QLinear]) -> bool:
+    """Whether what one product gives is what the next one takes."""
+    sizes = {name: (product.in_features, product.out_features) for name, product in products.items()}
+    width, queries = sizes["query"]
+    keys = sizes["key"][1]
+    wanted = {"query": (width, queries), "key": (width, keys), "value": (width, keys), "output": (queries, width)}
+    if "gate" in sizes:
+        inner = sizes["gate"][1]
+        wanted.update(gate=(width, inner), up=(width, inner), down=(inner, width))
+    return sizes == wanted
 
 
 def _gain(norm: nn.Module) -> Gain | str:
@@ -111,9 +147,9 @@ class Watch:
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._own = [module.__dict__ for module in modules]
         places: list[tuple[Any, str]] = [(layer._modules, name) for name in (ATTENTION, MLP, *NORMS)]
-        places += [(layer._modules[parent]._modules, leaf) for parent, leaf in PRODUCTS.values()]  # type: ignore[union-attr]
+        places += [(layer._modules[parent]._modules, leaf) for parent, leaf in pieces.places.values()]  # type: ignore[union-attr]
         places += [(attention._modules, name) for name in HEAD_NORMS]
-        places += [(mlp._modules, ACTIVATION)]  # type: ignore[union-attr]
+        places += [(mlp._modules, ACTIVATION)] if pieces.is_gated else []  # type: ignore[union-attr]
         places += [(module._parameters, name) for module in modules for name in module._parameters]
         self._owners, self._names = zip(*places, strict=True)
         self._there = self._now_there()

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 BEFORE = ("query", "key", "value")
-AFTER = ("output", "gate", "up", "down")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +23,11 @@ class Gain:
 class DecoderParts:
     """What a decoder layer with H heads of D numbers is made of, in the order in which it is computed.
 
-    `bounds` and `biases`: the bound weights of the products `BEFORE` and `AFTER` attention, and their biases or None.
+    `bounds` and `biases`: the bound weights of the products `BEFORE` attention and of output, gate, up and down behind
+    it, and their biases or None.
     `input_norm` goes before the first products, `head_norms` over each head of query and key or None, and `output_norm`
-    before the gated MLP down(silu(gate(x)) * up(x)). `scale`: factor of attention's scores, if that is no more than
+    before the gated MLP down(silu(gate(x)) * up(x)), or before `mlp` [B, T, C], whatever that is: then gate, up and
+    down are not there. `scale`: factor of attention's scores, if that is no more than
     softmax(q k^T * scale) v.
     """
 
@@ -37,6 +38,7 @@ class DecoderParts:
     input_norm: Gain
     head_norms: tuple[Gain, Gain] | None
     output_norm: Gain
+    mlp: Callable[[Tensor], Tensor] | None = None
 
 
 Decoded = tuple[Tensor, tuple[Tensor, ...]]
@@ -55,7 +57,7 @@ class Halves:
     and `sin`, too, it gives `(y, (query, key, value))`.
 
     Results are those of single operations, but for the order of sums in a norm, the last bit of an exponential, and
-    what is left in float32 inside of attention. Of tensors, only biases and the weights of norms are kept alive.
+    what is left in float32 inside of attention. What is kept alive is `mlp`, and of tensors biases and norms' weights.
     """
 
     before: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

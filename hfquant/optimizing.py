@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .decoder import Chain, WholeLayer, whole
-from .decoder_parts import PRODUCTS
 from .errors import SpecError
 from .kernel import choose, dtype_inside
 from .nn import QLinear
@@ -42,7 +41,8 @@ def optimize(model: nn.Module, exact: bool = False) -> list[LayerUse]:
     """Let what a quantized model computes between its attentions run in few calls, for inference.
 
     The decoder layers that most language models of transformers are built from run in two calls of the kernel, one
-    before and one after attention: products, norms, rotary positions and the gated MLP. Whether a layer is such a one
+    before and one after attention: products, norms, rotary positions and the gated MLP; an MLP of another kind, such as
+    experts, is called as before. Whether a layer is such a one
     is found out by running it once with made up attention, not from the name of its class. Results are the same but
     for the order of sums in a norm and the last bit of an exponential. Elsewhere, and everywhere if `exact`, layers
     that read one tensor, such as query, key and value projections, run in one call while there are few tokens, to the
@@ -76,7 +76,7 @@ def _whole(name: str, module: nn.Module, chain: Chain | None) -> list[LayerUse]:
     if isinstance(found, str):
         return [LayerUse(name, (), (found,))]
     module.__dict__["forward"] = found
-    return [LayerUse(name, tuple(".".join(place) for place in PRODUCTS.values()), (), found)]
+    return [LayerUse(name, found.names, (), found)]
 
 
 def _packed(module: nn.Module) -> QLinear | None:

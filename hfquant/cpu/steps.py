@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..halves import AFTER, BEFORE, Decode, Decoded, DecoderParts, Gain, Halves
+from ..halves import BEFORE, Decode, Decoded, DecoderParts, Gain, Halves
 from .jobs import Direct, as_float
 
 LINEAR, NORM, TURN, GATE, ADD, ATTEND = range(6)  # hfq_op
@@ -71,7 +71,8 @@ def halves(parts: DecoderParts) -> Halves | None:
         return None
     if parts.scale is None or parts.head > WIDEST:
         return Halves(_Before(parts), _After(parts))
-    return Halves(_Before(parts), _After(parts), _Decode(parts, None), partial(_decode_and, parts))
+    decode_and = partial(_decode_and, parts) if parts.mlp is None else None
+    return Halves(_Before(parts), _After(parts), _Decode(parts, None), decode_and)
 
 
 def _decode_and(parts: DecoderParts, following: Halves) -> Decode | None:
@@ -104,12 +105,12 @@ class _Before:
 
 
 class _After:
-    """The output of attention, the norm and the gated MLP, each added to what it was made from."""
+    """The output of attention, the norm and the MLP, each added to what it was made from."""
 
     def __init__(self, parts: DecoderParts) -> None:
         steps = Steps()
         _after(steps, parts, *range(6))
-        self._inner = parts.bounds["gate"].n
+        self._parts, self._inner = parts, _inner(parts)
         self._run = _Run(parts, steps, 6)
 
     def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class _After:
         y, scratch = x.new_empty(x.shape), x.new_empty(x.shape)
         gate, up = x.new_empty(rows, self._inner), x.new_empty(rows, self._inner)
         self._run((x, attended.contiguous(), y, scratch, gate, up), rows)
-        return y
+        return _finished(self._parts, y, scratch)
 
 
 class _Decode:
@@ -133,8 +134,7 @@ class _Decode:
         _after(steps, parts, x, query, y, scratch, gate, up)
         if following is not None:
             _before(steps, following, y, scratch, *more)
-        self._next = following
-        self._inner = parts.bounds["gate"].n
+        self._parts, self._next, self._inner = parts, following, _inner(parts)
         self._run = _Run(parts, steps, 8 if following is None else 13)
 
     def __call__(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *turns: Tensor) -> Decoded | None:
@@ -148,7 +148,17 @@ class _Decode:
             made = [x.new_empty(rows, heads, 1, self._next.head) for heads in _heads(self._next)]
         positions = len(turns[0]) if turns else 1
         self._run((x, query, y, scratch, gate, up, key, value, *turns, *made), rows, positions, key.shape[2])
-        return y, tuple(made)
+        return _finished(self._parts, y, scratch), tuple(made)
+
+
+def _inner(parts: DecoderParts) -> int:
+    """Columns inside of the MLP, if it is one of steps."""
+    return parts.bounds["gate"].n if parts.mlp is None else 0
+
+
+def _finished(parts: DecoderParts, y: Tensor, normed: Tensor) -> Tensor:
+    """The result of a layer: with what its MLP makes of `normed`, unless that is in it already."""
+    return y if parts.mlp is None else y + parts.mlp(normed)
 
 
 def _heads(parts: DecoderParts) -> list[int]:
@@ -169,14 +179,16 @@ def _before(steps: Steps, parts: DecoderParts, x: int, normed: int, cos: int, si
 
 def _after(steps: Steps, parts: DecoderParts, x: int, attended: int, y: int, scratch: int, gate: int, up: int) -> None:
     """What follows attention."""
-    bounds: dict[str, Direct] = {name: parts.bounds[name] for name in AFTER}
-    columns, inner = bounds["output"].n, bounds["gate"].n
+    bounds: dict[str, Direct] = dict(parts.bounds)
+    columns = bounds["output"].n
     steps.product(bounds["output"], parts.biases["output"], attended, y)
     steps.add(x, y, y, columns)
     steps.norm(parts.output_norm, y, scratch)
+    if parts.mlp is not None:
+        return
     steps.product(bounds["gate"], parts.biases["gate"], scratch, gate)
     steps.product(bounds["up"], parts.biases["up"], scratch, up)
-    steps.gate(gate, up, inner)
+    steps.gate(gate, up, bounds["gate"].n)
     steps.product(bounds["down"], parts.biases["down"], gate, scratch)
     steps.add(y, scratch, y, columns)
 

@@ -22,7 +22,6 @@ import hfquant
 from hfquant import HfQuantConfig, KVCache, use_kernel
 from hfquant.cpu import Library
 from hfquant.decoder import WholeLayer
-from hfquant.decoder_parts import PRODUCTS
 from hfquant.optimizing import LayerUse
 from tests.models import HELDOUT, MODEL_DIR
 
@@ -54,13 +53,22 @@ WHOLE: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 32},
     "SmolLM3": {"no_rope_layer_interval": 8},
 }
+OTHER_MLPS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
+    "Arcee": {},  # up and down, and the square of a ReLU
+    "Llama": {"hidden_act": "gelu"},
+}
 DECLINED: dict[str, tuple[dict[str, Any], str | None]] = {
     "Granite": ({"residual_multiplier": 0.3}, "after attention is something else"),  # same parts, other factors
     "Helium": ({"head_dim": 16}, "query is something else"),  # the same parts, positions that turn other pairs
     "DiffLlama": ({}, "attention twice"),
-    "Gemma": ({"head_dim": 16}, "GELUTanh, not SiLU"),
+    "Gemma": ({"head_dim": 16}, "query is something else"),  # its norms' gains are one more than their weights
     "StableLm": ({}, "LayerNorm is no norm with one weight"),
-    "Mixtral": ({"num_local_experts": 4}, "mlp.gate_proj is no quantized linear layer"),
+    "Olmoe": (
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        "no kernel runs it as a whole",
+    ),  # a norm over all heads at once
     "Phi3": ({}, "self_attn.q_proj is no quantized linear layer"),
     "Olmo2": ({}, None),  # its norms are elsewhere: no decoder layer of this kind
 }
@@ -145,6 +153,22 @@ def test_decoder_layers_run_as_a_whole(name: str, tmp_path, calls: list[int]) ->
         set() if name == "Mistral" else {DECODE, CHAINED + norms}
     )  # a window that is shorter than the text is a mask
     assert set(calls) == {BEFORE + norms, AFTER} | alone
+
+
+@pytest.mark.parametrize("name", OTHER_MLPS)
+def test_other_mlps_are_called_in_between(name: str, tmp_path, calls: list[int]) -> None:
+    model, other, rows = pair(tmp_path, name, **OTHER_MLPS[name])
+    assert [(row.layers, row.declined) for row in rows] == [(LAYERS[:4], ())] * 2
+    calls.clear()
+    for batch in (1, 2):
+        assert off(decoded(other, batch), decoded(model, batch)) < 5e-6
+    assert [row.seen() for row in rows] == [[LAYERS[:4]]] * 2
+    norms = 2 if name.startswith("Qwen3") else 0
+    assert set(calls) == {BEFORE + norms, 3, 4}
+    for one in (model, other):
+        one.model.layers[0].mlp.register_forward_hook(add_one)
+        one.model.layers[1].mlp = nn.Identity()
+    assert off(decoded(other), decoded(model)) < 5e-6
 
 
 @pytest.mark.parametrize("name", DECLINED)
@@ -416,7 +440,6 @@ def test_asking_changes_nothing(tmp_path) -> None:
     assert model.model.layers[0].__dict__["forward"] is not first
     rows = hfquant.optimize(model, exact=True)
     assert whole_rows(rows) == [] and "forward" not in model.model.layers[0].__dict__
-    assert tuple(".".join(place) for place in PRODUCTS.values()) == LAYERS
 
 
 @pytest.mark.parametrize(
