@@ -21,6 +21,7 @@ from .binding import is_plain
 from .decoder_parts import ATTENTION, Pieces, Watch, find
 from .decoder_probe import AttentionCall, Disagreement, ask
 from .halves import Decode, Halves
+from .kernel import choose, dtype_inside
 
 # Keywords that may change what torch's attention computes; it leaves all others alone.
 _READ = {*CHANGING, "output_attentions", *inspect.signature(sdpa_attention_forward).parameters}
@@ -209,7 +210,13 @@ def whole(layer: nn.Module, chain: Chain) -> WholeLayer | str | None:
         return "it is in training mode: call eval() first"
     if not Watch(pieces).is_whole():
         return "there are hooks on modules inside of it"
-    first = pieces.products["query"]
+    products = list(pieces.products.values())
+    if any(product.is_cut for product in products):
+        return "it is split over several processes"
+    first = products[0]
+    kernel = choose(first.key, first.packed()[0].device, dtype_inside(first.spec, first.dtype))
+    if kernel.halves is None:
+        return f"kernel {kernel.name!r} runs one layer at a time"
     try:
         call = ask(pieces, torch.zeros(1, first.in_features, dtype=first.dtype))
     except Disagreement as disagreement:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .decoder_parts import ATTENTION, Pieces
-from .halves import BEFORE, Halves
+from .halves import BEFORE
 
 ASKED = frozenset(("position_ids", "use_cache"))  # keywords that transformers calls a layer with
 _NAME = "hfquant_probe"  # among transformers' attention implementations
@@ -114,17 +114,11 @@ def ask(pieces: Pieces, x: Tensor) -> AttentionCall:
     mask = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=x.dtype)
     given = {"attention_mask": mask, "past_key_values": notes, "position_embeddings": (cos, sin), **marks}
     try:
-        y = _standing_in(pieces, notes)(x, **given)
+        _compare(pieces, notes, x, _standing_in(pieces, notes)(x, **given), given)
     except Disagreement:
         raise
     except Exception as error:
         raise Disagreement(f"it cannot be asked what it does: {type(error).__name__}: {error}") from error
-    if notes.attended is None or len(notes.updates) != 1 or notes.mask is not mask or not isinstance(y, Tensor):
-        raise Disagreement("it does not call transformers' attention once, with its mask and its cache")
-    halves = pieces.halves(x, head)
-    if halves is None:
-        raise Disagreement("no kernel runs it as a whole")
-    _compare(halves, notes, x, (cos, sin), y)
     return _call(notes, head, marks)
 
 
@@ -138,15 +132,22 @@ def _standing_in(pieces: Pieces, notes: _Notes) -> nn.Module:
     return layer
 
 
-def _compare(halves: Halves, notes: _Notes, x: Tensor, turns: tuple[Tensor, Tensor], y: Tensor) -> None:
-    assert notes.attended is not None
+def _compare(pieces: Pieces, notes: _Notes, x: Tensor, y: Any, given: dict[str, Any]) -> None:
+    """Raise Disagreement unless the halves of a layer make of `x` what led to `notes` and `y`."""
+    attended, mask = notes.attended, given["attention_mask"]
+    if attended is None or len(notes.updates) != 1 or notes.mask is not mask or not isinstance(y, Tensor):
+        raise Disagreement("it does not call transformers' attention once, with its mask and its cache")
+    turns = given["position_embeddings"]
+    halves = pieces.halves(x, turns[0].shape[-1])
+    if halves is None:
+        raise Disagreement("no kernel runs it as a whole")
     key, value, _ = notes.updates[0]
     if key is not notes.states[1] or value is not notes.states[2]:
         raise Disagreement("it changes keys or values after they went to the cache")
-    for name, ours, theirs in zip(("query", "key", "value"), halves.before(x, *turns), notes.states, strict=True):
+    for name, ours, theirs in zip(BEFORE, halves.before(x, *turns), notes.states, strict=True):
         if not _agree(ours.transpose(1, 2), theirs.transpose(1, 2)):
             raise Disagreement(f"its {name} is something else")
-    if not _agree(halves.after(x, notes.attended), y):
+    if not _agree(halves.after(x, attended), y):
         raise Disagreement("what it does after attention is something else")
 
 

@@ -449,7 +449,10 @@ def test_asking_changes_nothing(tmp_path) -> None:
         (lambda m: m.model.layers[1].mlp.register_forward_hook(add_one), "hooks"),
         (lambda m: setattr(m.model.layers[1], "forward", m.model.layers[1].forward), "forward was replaced"),
         (lambda m: m.model.layers[1].input_layernorm.double(), "no kernel runs it as a whole"),
-        (lambda m: m.model.layers[1].to("meta"), "it"),
+        (lambda m: m.model.layers[1].to("meta"), "kernel 'reference' runs one layer at a time"),
+        (lambda m: setattr(m.model.layers[1].mlp.act_fn, "forward", lambda x: (x,)), "cannot be asked what it does"),
+        (lambda m: setattr(m.model.layers[1].mlp.act_fn, "forward", lambda x: x), "after attention is something else"),
+        (lambda m: setattr(m.model.layers[1].self_attn, "layer_idx", None), "its number in the cache is none"),
     ],
 )
 def test_what_declines_says_why(prepare: Callable[[Any], Any], reason: str, tmp_path) -> None:
