@@ -34,7 +34,7 @@ class Direct:
 
     def __call__(self, x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
         """y [..., N] of `x` [..., K]."""
-        return self.library.linear(x.contiguous(), self.weight, as_float(bias), self.input)
+        return self.library.linear(x.contiguous(), self.weight, _as_float(bias), self.input)
 
 
 def run_jobs(
@@ -54,9 +54,8 @@ def run_jobs(
         if x.shape[-1] != k or y.shape[-1] != n or (bias is not None and bias.numel() != n):
             given = f"{tuple(x.shape)}" + ("" if bias is None else f" and a bias of {bias.numel()}")
             raise RuntimeError(f"a weight of {n} x {k} cannot take an input of shape {given}")
-        x, offset = x.contiguous(), as_float(bias)
-        held.append((x, offset))
-        at = 0 if offset is None else offset.data_ptr()
+        x, (at, copied) = x.contiguous(), address_of(bias)
+        held.append((x, copied))
         fields += (*bound.at, x.data_ptr(), at, y.data_ptr(), x.numel() // k)
     if fields:
         library = bounds[0].library  # type: ignore[attr-defined]
@@ -74,9 +73,8 @@ def join(bounds: Sequence[Bound], biases: Sequence[Tensor | None]) -> Callable[[
     for bound, bias in zip(bounds, biases, strict=True):
         if type(bound) is not Direct or bound.k != bounds[0].k:  # type: ignore[attr-defined]
             return None
-        offset = as_float(bias)
-        copied = offset if offset is not bias else None  # lives as long as what is returned
-        fixed.append((bound, bound.n, *bound.at, 0 if offset is None else offset.data_ptr(), copied))
+        at, copied = address_of(bias)  # which lives as long as what is returned
+        fixed.append((bound, bound.n, *bound.at, at, copied))
     k, library, table = bounds[0].k, bounds[0].library, _table(len(bounds))  # type: ignore[attr-defined]
 
     def run(x: Tensor) -> list[Tensor]:
@@ -102,6 +100,11 @@ def _table(count: int) -> struct.Struct:
     return struct.Struct("@" + "PPPPPq" * count)
 
 
-def as_float(bias: Tensor | None) -> Tensor | None:
-    """A bias as the library reads it."""
+def address_of(bias: Tensor | None) -> tuple[int, Tensor | None]:
+    """Where the library reads a bias, 0 for none, and the copy that lies there, if it is not the bias itself."""
+    offset = _as_float(bias)
+    return 0 if offset is None else offset.data_ptr(), None if offset is bias else offset
+
+
+def _as_float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..halves import BEFORE, Decode, Decoded, DecoderParts, Gain, Halves
-from .jobs import Direct, as_float
+from .jobs import Direct, address_of
 
-LINEAR, NORM, TURN, GATE, ADD, ATTEND = range(6)  # hfq_op
+LINEAR, NORM, ROPE, GATE, ADD, ATTEND = range(6)  # hfq_op
 NEAR = 512  # tokens: with more of them torch's attention is faster, and takes so long that the way to it does not count
 WIDEST = 512  # numbers of a head that ATTEND takes
 _STEP = struct.Struct("@5if3q3P")  # hfq_step
@@ -31,20 +31,18 @@ class Steps:
 
     def product(self, bound: Direct, bias: Tensor | None, x: int, y: int) -> None:
         """Slot y [rows, N] = slot x [rows, K] @ W^T + bias."""
-        offset = as_float(bias)
-        self.held += (bound, offset if offset is not bias else None)
-        weight, input = bound.at
-        at = 0 if offset is None else offset.data_ptr()
-        self.fields.append(_STEP.pack(LINEAR, x, y, 0, 0, 0.0, bound.n, 1, 1, weight, input, at))
+        at, copied = address_of(bias)
+        self.held += (bound, copied)
+        self.fields.append(_STEP.pack(LINEAR, x, y, 0, 0, 0.0, bound.n, 1, 1, *bound.at, at))
 
     def norm(self, gain: Gain, x: int, y: int, parts: int = 1) -> None:
         """Slot y = slot x [rows * parts, C] normed."""
         weight = gain.weight
         self.fields.append(_STEP.pack(NORM, x, y, 0, 0, gain.eps, weight.numel(), parts, 1, 0, 0, weight.data_ptr()))
 
-    def turn(self, x: int, cos: int, sin: int, head: int, parts: int) -> None:
+    def rope(self, x: int, cos: int, sin: int, head: int, parts: int) -> None:
         """Turn the heads in slot x [rows * parts, head] by their positions."""
-        self.fields.append(_STEP.pack(TURN, x, x, cos, sin, 0.0, head, parts, 1, 0, 0, 0))
+        self.fields.append(_STEP.pack(ROPE, x, x, cos, sin, 0.0, head, parts, 1, 0, 0, 0))
 
     def gate(self, x: int, other: int, columns: int) -> None:
         """Slot x [rows, columns] = silu(x) * other."""
@@ -87,7 +85,7 @@ class _Before:
         self.parts = parts
         self._heads = _heads(parts)
         steps = Steps()
-        _before(steps, parts, *range(7))
+        _add_before(steps, parts, *range(7))
         self._run = _Run(parts, steps, 7)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,15 +107,13 @@ class _After:
 
     def __init__(self, parts: DecoderParts) -> None:
         steps = Steps()
-        _after(steps, parts, *range(6))
+        _add_after(steps, parts, *range(6))
         self._parts, self._inner = parts, _inner(parts)
         self._run = _Run(parts, steps, 6)
 
     def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x.contiguous()
-        rows = x.numel() // x.shape[-1]
-        y, scratch = x.new_empty(x.shape), x.new_empty(x.shape)
-        gate, up = x.new_empty(rows, self._inner), x.new_empty(rows, self._inner)
+        rows, (y, scratch, gate, up) = x.numel() // x.shape[-1], _room(x, self._inner)
         self._run((x, attended.contiguous(), y, scratch, gate, up), rows)
         return _finished(self._parts, y, scratch)
 
@@ -131,29 +127,34 @@ class _Decode:
         steps = Steps()
         query_heads, key_heads, _ = _heads(parts)
         steps.attend(query, key, value, query, parts.head, query_heads, query_heads // key_heads, parts.scale)
-        _after(steps, parts, x, query, y, scratch, gate, up)
+        _add_after(steps, parts, x, query, y, scratch, gate, up)
         if following is not None:
-            _before(steps, following, y, scratch, *more)
+            _add_before(steps, following, y, scratch, *more)
         self._parts, self._next, self._inner = parts, following, _inner(parts)
         self._run = _Run(parts, steps, 8 if following is None else 13)
 
-    def __call__(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *turns: Tensor) -> Decoded | None:
+    def __call__(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *rotary: Tensor) -> Decoded | None:
         if key.shape[2] > NEAR:
             return None
         x, rows = x.contiguous(), len(x)
-        y, scratch = x.new_empty(x.shape), x.new_empty(x.shape)
-        gate, up = x.new_empty(rows, self._inner), x.new_empty(rows, self._inner)
+        y, scratch, gate, up = _room(x, self._inner)
         made: list[Tensor] = []
         if self._next is not None:
             made = [x.new_empty(rows, heads, 1, self._next.head) for heads in _heads(self._next)]
-        positions = len(turns[0]) if turns else 1
-        self._run((x, query, y, scratch, gate, up, key, value, *turns, *made), rows, positions, key.shape[2])
+        positions = len(rotary[0]) if rotary else 1
+        self._run((x, query, y, scratch, gate, up, key, value, *rotary, *made), rows, positions, key.shape[2])
         return _finished(self._parts, y, scratch), tuple(made)
 
 
 def _inner(parts: DecoderParts) -> int:
     """Columns inside of the MLP, if it is one of steps."""
     return parts.bounds["gate"].n if parts.mlp is None else 0
+
+
+def _room(x: Tensor, inner: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For the result of `x`, for what is in between, and for both halves of the MLP."""
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(rows, inner), x.new_empty(rows, inner)
 
 
 def _finished(parts: DecoderParts, y: Tensor, normed: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _heads(parts: DecoderParts) -> list[int]:
     return [parts.bounds[name].n // parts.head for name in BEFORE]
 
 
-def _before(steps: Steps, parts: DecoderParts, x: int, normed: int, cos: int, sin: int, *made: int) -> None:
+def _add_before(steps: Steps, parts: DecoderParts, x: int, normed: int, cos: int, sin: int, *made: int) -> None:
     """What comes before attention."""
     steps.norm(parts.input_norm, x, normed)
     for name, slot in zip(BEFORE, made, strict=True):
@@ -174,10 +175,12 @@ def _before(steps: Steps, parts: DecoderParts, x: int, normed: int, cos: int, si
     for number, gain in enumerate(parts.head_norms or ()):
         steps.norm(gain, made[number], made[number], heads[number])
     for number in (0, 1):
-        steps.turn(made[number], cos, sin, parts.head, heads[number])
+        steps.rope(made[number], cos, sin, parts.head, heads[number])
 
 
-def _after(steps: Steps, parts: DecoderParts, x: int, attended: int, y: int, scratch: int, gate: int, up: int) -> None:
+def _add_after(
+    steps: Steps, parts: DecoderParts, x: int, attended: int, y: int, scratch: int, gate: int, up: int
+) -> None:
     """What follows attention."""
     bounds: dict[str, Direct] = dict(parts.bounds)
     columns = bounds["output"].n

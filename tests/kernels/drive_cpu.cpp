@@ -669,8 +669,8 @@ struct AnyStep {
             const double value = x[start + j], swapped = j < half ? -x[start + (j + half) % n] : x[start + j - half];
             double sum = 0, size = 0;
             const auto plus = [&](double term) { sum += term, size += std::fabs(term); };
-            if (step.op == HFQ_NORM) plus(value / std::sqrt(squares / double(n) + step.eps) * fixed[j]);
-            if (step.op == HFQ_TURN) plus(value * other[turn + j]), plus(swapped * more[turn + j]);
+            if (step.op == HFQ_NORM) plus(value / std::sqrt(squares / double(n) + step.scalar) * fixed[j]);
+            if (step.op == HFQ_ROPE) plus(value * other[turn + j]), plus(swapped * more[turn + j]);
             if (step.op == HFQ_GATE) plus(value / (1 + std::exp(-value)) * other[start + j]);
             if (step.op == HFQ_ADD) plus(value + other[start + j]);
             for (size_t t = 0; t < weight.size(); t++)
@@ -682,7 +682,7 @@ struct AnyStep {
   private:
     static Sizes sizes(Random &random, Sizes s, int op, int64_t rows, int64_t parts) {
         if (random.one_in(16)) s.n = op == HFQ_ATTEND ? random.between(450, 512) : random.between(3000, 4000);
-        if (op == HFQ_TURN) s.n += s.n % 2;
+        if (op == HFQ_ROPE) s.n += s.n % 2;
         s.m = rows * parts;
         return s;
     }
@@ -693,15 +693,15 @@ struct AnyStep {
         : s(sizes(random, any, op, count, op == HFQ_GATE || op == HFQ_ADD ? 1 : op == HFQ_ATTEND ? sharing * heads : heads)),
           rows(count), positions(random.between(1, count)), tokens(op == HFQ_ATTEND ? random.between(1, 70) : 1),
           x(random, s.m * s.n, s.type, -2, 2), other(random, second(op, heads), s.type, -2, 2),
-          more(random, op == HFQ_TURN || op == HFQ_ATTEND ? second(op, heads) : 0, s.type, -2, 2),
+          more(random, op == HFQ_ROPE || op == HFQ_ATTEND ? second(op, heads) : 0, s.type, -2, 2),
           fixed(random, op == HFQ_NORM ? s.n : 0, s.type, -2, 2), over(random.one_in(2)) {
         step.op = op, step.x = 0, step.y = 1, step.other = 2, step.more = 3, step.n = s.n, step.parts = s.m / rows;
-        step.eps = op == HFQ_ATTEND ? 1 / std::sqrt(float(s.n)) : 1e-5f, step.sharing = op == HFQ_ATTEND ? sharing : 1;
+        step.scalar = op == HFQ_ATTEND ? 1 / std::sqrt(float(s.n)) : 1e-5f, step.sharing = op == HFQ_ATTEND ? sharing : 1;
         if (op == HFQ_NORM) step.fixed = fixed.data();
     }
     int64_t second(int op, int64_t heads) const {
         if (op == HFQ_NORM) return 0;
-        return s.n * (op == HFQ_TURN ? positions : op == HFQ_ATTEND ? rows * heads * tokens : s.m);
+        return s.n * (op == HFQ_ROPE ? positions : op == HFQ_ATTEND ? rows * heads * tokens : s.m);
     }
     std::vector<double> attention(int64_t row) const {
         std::vector<double> weight(size_t(tokens), 0.0);
@@ -710,7 +710,7 @@ struct AnyStep {
             double score = 0;
             for (int64_t i = 0; i < s.n; i++)
                 score += x[row * s.n + i] * other[(row / step.sharing * tokens + t) * s.n + i];
-            all += weight[size_t(t)] = std::exp(score * step.eps);
+            all += weight[size_t(t)] = std::exp(score * step.scalar);
         }
         for (double &part : weight) part /= all;
         return weight;

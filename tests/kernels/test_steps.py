@@ -101,10 +101,12 @@ def test_norm_of_unusual_numbers(isa: str, columns: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", ISAS)
 @settings(max_examples=30, deadline=None)
 @given(half=st.sampled_from([1, 3, 10, 32, 40, 64, 256]), rows=ROWS, parts=PARTS, every=ROWS, seed=SEEDS)
-def test_turns_are_those_of_torch(name: str, half: int, rows: int, parts: int, every: int, seed: int) -> None:
+def test_rotary_positions_are_those_of_torch(
+    name: str, half: int, rows: int, parts: int, every: int, seed: int
+) -> None:
     """In place, with as many positions as rows or fewer."""
     positions, steps = min(every, rows), Steps()
-    steps.turn(0, 1, 2, 2 * half, parts)
+    steps.rope(0, 1, 2, 2 * half, parts)
     angle = normal(positions, 1, 2 * half, seed=seed + 1) * 9
     for dtype in DTYPES:
         x, cos, sin = normal(rows, parts, 2 * half, seed=seed).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype)
@@ -245,7 +247,7 @@ def test_results_do_not_depend_on_threads(isa: str, rows: int, dtype: torch.dtyp
     steps.norm(Gain(gain, 1e-6), 0, 5)
     for slot in (6, 7):
         steps.product(bound, None, 5, slot)
-    steps.turn(6, 3, 4, 64, 8)
+    steps.rope(6, 3, 4, 64, 8)
     steps.attend(6, 1, 2, 5, 64, 8, 4, 0.1)
     steps.gate(7, 5, 512)
     steps.add(0, 7, 7, 512)

@@ -155,6 +155,18 @@ void multiply_panel(Panel w, int64_t rows, const Inputs &x, int64_t tile, int64_
     }
 }
 
+// Calls `use(tile, inputs, first, count)` for up to INPUT_TILES tiles of inputs at a time, and for up to `height` of what a
+// thread's share is of: with as many of both as there are.
+template <class Use>
+void for_each_block(int64_t tiles, Share mine, int64_t height, const Use &use) {
+    const TileSession session;
+    for (int64_t tile = 0; tile < tiles; tile += INPUT_TILES) {
+        const int64_t inputs = tiles - tile < INPUT_TILES ? tiles - tile : INPUT_TILES;
+        for (int64_t first = mine.first; first < mine.last; first += height)
+            use(tile, inputs, first, mine.last - first < height ? mine.last - first : height);
+    }
+}
+
 // What one thread computes: the results of some rows of weights, which its worker knows:
 //   Kind                                        of its products
 //   ready()                                     whether there was memory for it
@@ -178,18 +190,16 @@ class TileProduct {
     bool ready() const { return panel.data && sums.data && worker.ready(); }
 
     void run(Share mine) {
-        const TileSession session;
-        for (int64_t tile = 0; tile < x.tiles; tile += INPUT_TILES)
-            for (first = mine.first; first < mine.last; first += height) {
-                const int64_t inputs = x.tiles - tile < INPUT_TILES ? x.tiles - tile : INPUT_TILES;
-                rows = mine.last - first < height ? mine.last - first : height;
-                worker.load(first, rows);
-                if (few)
-                    with_counts(row_tiles(), inputs, [&](auto a, auto b) { this->template multiply_few<a, b>(); });
-                else
-                    for (int64_t step = 0; step < x.steps; step += DEPTH) multiply_many(tile, inputs, step);
-                for (int64_t i = 0; i < inputs; i++) write(tile, i);
-            }
+        for_each_block(x.tiles, mine, height, [&](int64_t tile, int64_t inputs, int64_t from, int64_t count) {
+            first = from;
+            rows = count;
+            worker.load(first, rows);
+            if (few)
+                with_counts(row_tiles(), inputs, [&](auto a, auto b) { this->template multiply_few<a, b>(); });
+            else
+                for (int64_t step = 0; step < x.steps; step += DEPTH) multiply_many(tile, inputs, step);
+            for (int64_t i = 0; i < inputs; i++) write(tile, i);
+        });
     }
 
   private:

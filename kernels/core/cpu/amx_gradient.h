@@ -31,19 +31,17 @@ class GradientProduct {
 
     // Whole chunks.
     void run(Share mine) {
-        const TileSession session;
-        for (int64_t tile = 0; tile < x.tiles; tile += INPUT_TILES)
-            for (start = mine.first; start < mine.last; start += WIDE_COLUMNS) {
-                const int64_t inputs = x.tiles - tile < INPUT_TILES ? x.tiles - tile : INPUT_TILES;
-                count = mine.last - start < WIDE_COLUMNS ? mine.last - start : WIDE_COLUMNS;
-                for (int64_t step = 0; step < x.steps; step += DEPTH) {
-                    weave(step);
-                    multiply_panel<GradientTiles>({panel.data, COLUMN_TILES * TILE_BYTES, TILE_BYTES}, count / TILE_LINES, x, tile,
-                                                  inputs, step, [&](int64_t parts) { return codes_behind(step, parts); },
-                                                  {sums.data, COLUMN_TILES * TILE_BYTES});
-                }
-                for (int64_t m = 0; m < inputs * TILE_LINES && tile * TILE_LINES + m < p.m; m++) write(tile * TILE_LINES + m, m);
+        for_each_block(x.tiles, mine, WIDE_COLUMNS, [&](int64_t tile, int64_t inputs, int64_t from, int64_t columns) {
+            start = from;
+            count = columns;
+            for (int64_t step = 0; step < x.steps; step += DEPTH) {
+                weave(step);
+                multiply_panel<GradientTiles>({panel.data, COLUMN_TILES * TILE_BYTES, TILE_BYTES}, count / TILE_LINES, x, tile,
+                                              inputs, step, [&](int64_t parts) { return codes_behind(step, parts); },
+                                              {sums.data, COLUMN_TILES * TILE_BYTES});
             }
+            for (int64_t m = 0; m < inputs * TILE_LINES && tile * TILE_LINES + m < p.m; m++) write(tile * TILE_LINES + m, m);
+        });
     }
 
   private:

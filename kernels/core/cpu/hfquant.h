@@ -90,11 +90,11 @@ typedef struct hfq_rounding {
 /* What a step of `hfq_steps` does with a matrix x, whose rows follow each other without gaps. */
 enum hfq_op {
     HFQ_LINEAR = 0, /* y = x W^T + bias */
-    HFQ_NORM = 1,   /* y = fixed [n] * x / sqrt(mean of the row's squares + eps) */
-    HFQ_TURN = 2,   /* rotary positions: y = x * cos + (-upper half of x, lower half of x) * sin; n is even */
+    HFQ_NORM = 1,   /* y = fixed [n] * x / sqrt(mean of the row's squares + scalar) */
+    HFQ_ROPE = 2,   /* rotary positions: y = x * cos + (-upper half of x, lower half of x) * sin; n is even */
     HFQ_GATE = 3,   /* y = silu(x) * other */
     HFQ_ADD = 4,    /* y = x + other */
-    HFQ_ATTEND = 5  /* y = softmax(x keys^T * eps) values, in float32: one token per row, its heads of n <= 512 */
+    HFQ_ATTEND = 5  /* y = softmax(x keys^T * scalar) values, in float32: one token per row, its heads of n <= 512 */
 };
 
 /* One of several steps. x, y, other and more are numbers of slots, which hold addresses. All but HFQ_LINEAR see x as
@@ -102,9 +102,9 @@ enum hfq_op {
 typedef struct hfq_step {
     int32_t op;               /* hfq_op */
     int32_t x, y;
-    int32_t other;            /* second operand; HFQ_TURN: cosines [positions, n]; HFQ_ATTEND: keys, */
+    int32_t other;            /* second operand; HFQ_ROPE: cosines [positions, n]; HFQ_ATTEND: keys, */
     int32_t more;             /* sines [positions, n]; values, like keys [rows, parts / sharing, tokens, n] */
-    float eps;                /* or the factor of scores */
+    float scalar;             /* HFQ_NORM: epsilon; HFQ_ATTEND: factor of the scores */
     int64_t n;                /* columns */
     int64_t parts;            /* rows of x for each row of the input: heads */
     int64_t sharing;          /* HFQ_ATTEND: heads of x for each head of keys and values */

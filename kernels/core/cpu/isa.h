@@ -35,7 +35,7 @@ struct StepProblem {
     void *y;
     const void *fixed;
     int64_t m, n, parts, sharing, positions, tokens;
-    float eps;
+    float scalar;
     int type;
     int threads;
 };

@@ -32,7 +32,7 @@ int hfq_steps(const hfq_step *steps, int64_t count, void *const *slots, int64_t 
         const hfq_step &s = steps[i++];
         const StepProblem small = {s.op,    slots[s.x], slots[s.other], slots[s.more], slots[s.y],
                                    s.fixed, rows,       s.n,            s.parts,       s.sharing,
-                                   positions, tokens,   s.eps,          type,          threads};
+                                   positions, tokens,   s.scalar,          type,          threads};
         if (run_step(small)) return -1;
     }
     return 0;

@@ -66,7 +66,7 @@ void norm_row(const StepProblem &s, int64_t row) {
     for (; j < s.n; j++) sums[0] += load(s.x, start + j, TYPE) * load(s.x, start + j, TYPE);
     for (int64_t half = SUMS / 2; half; half /= 2)
         for (int64_t l = 0; l < half; l++) sums[l] += sums[l + half];
-    const float factor = 1.0f / std::sqrt(sums[0] / float(s.n) + s.eps);
+    const float factor = 1.0f / std::sqrt(sums[0] / float(s.n) + s.scalar);
 #pragma omp simd
     for (j = 0; j < s.n; j++)
         put<TYPE>(s.y, start + j, load(s.fixed, j, TYPE) * rounded<TYPE>(load(s.x, start + j, TYPE) * factor));
@@ -74,7 +74,7 @@ void norm_row(const StepProblem &s, int64_t row) {
 
 // Rotary positions: y = x * cos + (its halves swapped, the upper one negative) * sin, heads of n.
 template <int TYPE>
-void turn_row(const StepProblem &s, int64_t row) {
+void rope_row(const StepProblem &s, int64_t row) {
     const int64_t half = s.n / 2, start = row * s.n, position = row / s.parts % s.positions * s.n;
 #pragma omp simd
     for (int64_t j = 0; j < half; j++) {
@@ -115,6 +115,7 @@ struct Gathered {
     alignas(64) float values[WIDEST];
 };
 
+// Of a head, which is short: `dot` of portable.h, made for rows of a weight, adds up more sums in the end.
 inline float inner(const float *a, const float *b, int64_t n) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -153,7 +154,7 @@ void attend_heads(const StepProblem &s, int64_t first, int64_t count, int64_t sh
     const int64_t wide = ceil_div(s.n, SUMS) * SUMS;
     if (wide > s.n) std::memset(values, 0, TOKENS * wide * sizeof(float));
     for (int64_t q = 0; q < count; q++) {
-        for (int64_t j = 0; j < s.n; j++) query[q][j] = load(s.x, (first + q) * s.n + j, TYPE) * s.eps;
+        for (int64_t j = 0; j < s.n; j++) query[q][j] = load(s.x, (first + q) * s.n + j, TYPE) * s.scalar;
         gathered[q].most = -INFINITY;
         gathered[q].sum = 0.0f;
         std::memset(gathered[q].values, 0, sizeof gathered[q].values);
@@ -188,7 +189,7 @@ void step_of(const StepProblem &s) {
     if (s.op == HFQ_ATTEND) return attend<TYPE>(s);
     const int64_t rows = s.m * s.parts;
     const auto run = s.op == HFQ_NORM   ? norm_row<TYPE>
-                     : s.op == HFQ_TURN ? turn_row<TYPE>
+                     : s.op == HFQ_ROPE ? rope_row<TYPE>
                      : s.op == HFQ_GATE ? gate_row<TYPE>
                                         : add_row<TYPE>;
 #pragma omp parallel for num_threads(s.threads) if (rows * s.n > ALONE)
