@@ -5,7 +5,6 @@ A token that attends to few others takes one call a layer: from one attention to
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +15,11 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import CHANGING
 from .binding import is_plain
 from .decoder_parts import ATTENTION, Pieces, Watch, find
-from .decoder_probe import AttentionCall, Disagreement, ask
+from .decoder_probe import AttentionCall, Disagreement, ask, leaves_torch_alone
 from .halves import Decode, Halves
-from .kernel import choose, dtype_inside
 
-# Keywords that may change what torch's attention computes; it leaves all others alone.
-_READ = {*CHANGING, "output_attentions", *inspect.signature(sdpa_attention_forward).parameters}
 EAGER = "eager"  # attention that models bring along themselves
 
 
@@ -36,7 +31,7 @@ class _Made:
     by: WholeLayer
     to: WholeLayer | None = None
     halves: Halves | None = None
-    turns: Any = None
+    rotary: Any = None
     version: int = 0
     ready: tuple[Tensor, ...] = ()
 
@@ -100,7 +95,7 @@ class WholeLayer:
             key, value = past_key_values.update(key, value, self.call.index)
         self._runs = True
         plain = attention_mask is None and attend is sdpa_attention_forward and _is_one(query, key, value)
-        if plain and all(given[name] is None for name in given.keys() & _READ):
+        if plain and leaves_torch_alone(given):
             y = self._decode(halves, x, (query, key, value), position_embeddings)
             if y is not None:
                 return y
@@ -109,25 +104,25 @@ class WholeLayer:
         )
         return halves.after(x, attended)
 
-    def _start(self, x: Tensor, turns: Any) -> tuple[Halves | None, tuple[Tensor, ...]]:
+    def _start(self, x: Tensor, rotary: Any) -> tuple[Halves | None, tuple[Tensor, ...]]:
         """The halves for `x`, and query, key and value where the layer before this one has made them already."""
         made = self.chain.of(x)
-        if made is not None and made.to is self and made.turns is turns and made.version == x._version:
+        if made is not None and made.to is self and made.rotary is rotary and made.version == x._version:
             return made.halves, made.ready
         if made is not None:
             made.by._next = self
-        return self._prepared(x) if self._fit(x, turns) else None, ()
+        return self._prepared(x) if self._fit(x, rotary) else None, ()
 
     def _attention(self) -> Callable[..., Any] | None:
         """The attention that the model is told to use, None for its own."""
         name = self.layer._modules[ATTENTION].config._attn_implementation  # type: ignore[union-attr]
         return None if name == EAGER else ALL_ATTENTION_FUNCTIONS.get(name)
 
-    def _decode(self, halves: Halves, x: Tensor, states: tuple[Tensor, ...], turns: Any) -> Tensor | None:
+    def _decode(self, halves: Halves, x: Tensor, states: tuple[Tensor, ...], rotary: Any) -> Tensor | None:
         """The result for one token, and what comes before attention in the next layer."""
         following, decode = self._follow(halves, x)
         if decode is not None:
-            found = decode(x, *states, *turns)
+            found = decode(x, *states, *rotary)
         else:
             found = None if halves.decode is None else halves.decode(x, *states)
         if found is None:
@@ -135,7 +130,7 @@ class WholeLayer:
         y, ready = found
         made = _Made(weakref.ref(y), self)
         if following is not None:
-            made = _Made(made.result, self, self._next, following, turns, y._version, ready)
+            made = _Made(made.result, self, self._next, following, rotary, y._version, ready)
         self.chain.last = made
         return y
 
@@ -175,11 +170,11 @@ class WholeLayer:
             self._plan = plan = now, _halves(pieces, x, self.call)
         return plan[1]
 
-    def _fit(self, x: Tensor, turns: Any) -> bool:
-        if not isinstance(turns, tuple) or len(turns) != 2 or x.dim() != 3:
+    def _fit(self, x: Tensor, rotary: Any) -> bool:
+        if not isinstance(rotary, tuple) or len(rotary) != 2 or x.dim() != 3:
             return False
         shapes = ((1, x.shape[1], self.call.head), (x.shape[0], x.shape[1], self.call.head))
-        return all(turn.shape in shapes and turn.dtype == x.dtype and turn.is_contiguous() for turn in turns)
+        return all(turn.shape in shapes and turn.dtype == x.dtype and turn.is_contiguous() for turn in rotary)
 
 
 def _is_one(query: Tensor, *states: Tensor) -> bool:
@@ -196,29 +191,20 @@ def _halves(pieces: Pieces, x: Tensor, call: AttentionCall) -> Halves | None:
 
 
 @torch.no_grad()
-def whole(layer: nn.Module, chain: Chain) -> WholeLayer | str | None:
-    """What may stand for the forward of a decoder layer, the reason why nothing may, or None for anything else.
+def whole(pieces: Pieces, chain: Chain) -> WholeLayer | str:
+    """What may stand for the forward of the layer of `pieces`, or the reason why nothing may.
 
     `chain`: that of the other layers of the same model.
     """
-    pieces = find(layer)
-    if not isinstance(pieces, Pieces):
-        return pieces
+    layer = pieces.layer
     if "forward" in layer.__dict__:
         return "its forward was replaced"
     if layer.training:
         return "it is in training mode: call eval() first"
     if not Watch(pieces).is_whole():
         return "there are hooks on modules inside of it"
-    products = list(pieces.products.values())
-    if any(product.is_cut for product in products):
-        return "it is split over several processes"
-    first = products[0]
-    kernel = choose(first.key, first.packed()[0].device, dtype_inside(first.spec, first.dtype))
-    if kernel.halves is None:
-        return f"kernel {kernel.name!r} runs one layer at a time"
     try:
-        call = ask(pieces, torch.zeros(1, first.in_features, dtype=first.dtype))
+        call = ask(pieces)
     except Disagreement as disagreement:
         return str(disagreement)
     return WholeLayer(layer, tuple(".".join(place) for place in pieces.places.values()), call, chain)

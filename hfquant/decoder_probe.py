@@ -7,17 +7,22 @@ the prepared halves of the layer compute from the same input must agree with it.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .attention import CHANGING
 from .decoder_parts import ATTENTION, Pieces
 from .halves import BEFORE
 
 ASKED = frozenset(("position_ids", "use_cache"))  # keywords that transformers calls a layer with
+# Keywords that may change what torch's attention computes; it leaves all others alone.
+_READ = {*CHANGING, "output_attentions", *inspect.signature(sdpa_attention_forward).parameters}
 _NAME = "hfquant_probe"  # among transformers' attention implementations
 _NOTES = "_hfquant_notes"
 _TOKENS = 4
@@ -42,11 +47,9 @@ class AttentionCall:
     @property
     def scale(self) -> float | None:
         """Factor of the scores, if attention gets nothing else that changes what it computes."""
-        rest = {
-            name: value for name, value in self.fixed.items() if name not in ("dropout", "scaling", "sliding_window")
-        }
-        scaling = self.fixed.get("scaling")
-        return scaling if isinstance(scaling, float) and all(value is None for value in rest.values()) else None
+        scaling, dropout = self.fixed.get("scaling"), self.fixed.get("dropout")
+        others = {name: value for name, value in self.fixed.items() if name not in ("scaling", "dropout")}
+        return scaling if isinstance(scaling, float) and not dropout and leaves_torch_alone(others) else None
 
     def keywords(self, given: dict[str, Any]) -> dict[str, Any]:
         """What attention gets when the layer is called with `given`."""
@@ -56,6 +59,11 @@ class AttentionCall:
             if name in self.passed or (self.passes_more and name not in ASKED)
         }
         return {**passed, **self.fixed}
+
+
+def leaves_torch_alone(given: dict[str, Any]) -> bool:
+    """Whether no keyword changes what `sdpa` computes without a mask."""
+    return all(given[name] is None for name in given.keys() & _READ)
 
 
 class Disagreement(Exception):
@@ -98,13 +106,10 @@ def _attend(module: nn.Module, *states: Any, **given: Any) -> tuple[Tensor, None
 AttentionInterface.register(_NAME, _attend)
 
 
-def ask(pieces: Pieces, x: Tensor) -> AttentionCall:
-    """How the layer of `pieces` calls attention. `x` [..., C]: of the dtype and on the device that it computes with.
-
-    Raises Disagreement with the reason if it is not what its halves are.
-    """
-    notes = _Notes()
-    x = _drawn((1, _TOKENS, x.shape[-1]), x.dtype, 0) * _sizes(x.dtype)
+def ask(pieces: Pieces) -> AttentionCall:
+    """How the layer of `pieces` calls attention. Raises Disagreement if it does not what its halves do."""
+    notes, first = _Notes(), pieces.products["query"]
+    x = _drawn((1, _TOKENS, first.in_features), first.dtype, 0) * _sizes(first.dtype)
     head = getattr(pieces.attention, "head_dim", None)
     query, key, value = (pieces.products[name].out_features for name in BEFORE)
     if not isinstance(head, int) or head % 2 or query % head or key % head or query % key or key != value:
@@ -137,14 +142,14 @@ def _compare(pieces: Pieces, notes: _Notes, x: Tensor, y: Any, given: dict[str, 
     attended, mask = notes.attended, given["attention_mask"]
     if attended is None or len(notes.updates) != 1 or notes.mask is not mask or not isinstance(y, Tensor):
         raise Disagreement("it does not call transformers' attention once, with its mask and its cache")
-    turns = given["position_embeddings"]
-    halves = pieces.halves(x, turns[0].shape[-1])
+    rotary = given["position_embeddings"]
+    halves = pieces.halves(x, rotary[0].shape[-1])
     if halves is None:
         raise Disagreement("no kernel runs it as a whole")
     key, value, _ = notes.updates[0]
     if key is not notes.states[1] or value is not notes.states[2]:
         raise Disagreement("it changes keys or values after they went to the cache")
-    for name, ours, theirs in zip(BEFORE, halves.before(x, *turns), notes.states, strict=True):
+    for name, ours, theirs in zip(BEFORE, halves.before(x, *rotary), notes.states, strict=True):
         if not _agree(ours.transpose(1, 2), theirs.transpose(1, 2)):
             raise Disagreement(f"its {name} is something else")
     if not _agree(halves.after(x, attended), y):

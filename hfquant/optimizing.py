@@ -9,10 +9,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .decoder import Chain, WholeLayer, whole
+from .decoder_parts import Pieces, find
 from .errors import SpecError
-from .kernel import choose, dtype_inside
+from .kernel import Kernel, choose, dtype_inside
 from .nn import QLinear
 from .together import Together
+
+_SPLIT = "it is split over several processes"
+_ALONE = "kernel {!r} runs one layer at a time"
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ def _whole(name: str, module: nn.Module, chain: Chain | None) -> list[LayerUse]:
     """Let a decoder layer run as a whole, and take back that it did before."""
     if isinstance(module.__dict__.get("forward"), WholeLayer):
         del module.__dict__["forward"]
-    found = None if chain is None else whole(module, chain)
-    if found is None:
+    pieces = None if chain is None else find(module)
+    if chain is None or pieces is None:
         return []
+    found = pieces if isinstance(pieces, str) else why_in_parts(pieces) or whole(pieces, chain)
     if isinstance(found, str):
         return [LayerUse(name, (), (found,))]
     module.__dict__["forward"] = found
@@ -104,20 +109,36 @@ def _siblings(name: str, children: dict[str, QLinear]) -> list[LayerUse]:
     return rows or [LayerUse(name, (), declined)]
 
 
+def why_in_parts(pieces: Pieces) -> str | None:
+    """Reason why no kernel runs the layer of `pieces` as a whole, as far as its first product tells, or None."""
+    if any(product.is_cut for product in pieces.products.values()):
+        return _SPLIT
+    kernel = kernel_of(pieces.products["query"])
+    if isinstance(kernel, str):
+        return kernel
+    return None if kernel.halves is not None else _ALONE.format(kernel.name)
+
+
 def why_apart(layer: QLinear) -> str | None:
     """Reason why a layer cannot run together with others, or None."""
-    held = [layer._parameters[name] for name in layer.packed_names()]
-    if any(isinstance(tensor, DTensor) for tensor in held):
-        return "it is split over several processes"
+    kernel = kernel_of(layer)
+    if isinstance(kernel, str):
+        return kernel
     packed = layer.packed()
     device = packed[0].device
     if device.type == "meta":
         return "it is offloaded: its weights come when it is called"
-    kernel = choose(layer.key, device, dtype_inside(layer.spec, layer.dtype))
     if kernel.join is None:
-        return f"kernel {kernel.name!r} runs one layer at a time"
+        return _ALONE.format(kernel.name)
     x = torch.zeros(1, layer.in_features, dtype=layer.dtype, device=device)
     _, bound = layer._binding.bound(x, packed, layer.key)
     if bound is None or kernel.join([bound], [None]) is None:
         return "its input is rotated, reordered, or taken apart first"
     return None
+
+
+def kernel_of(layer: QLinear) -> Kernel | str:
+    """The kernel of a layer where it is now, or the reason why it has none of its own."""
+    if any(isinstance(layer._parameters[name], DTensor) for name in layer.packed_names()):
+        return _SPLIT
+    return choose(layer.key, layer.packed()[0].device, dtype_inside(layer.spec, layer.dtype))

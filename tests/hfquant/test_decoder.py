@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import hfquant
 from hfquant import HfQuantConfig, KVCache, use_kernel
-from hfquant.cpu import Library
 from hfquant.decoder import WholeLayer
+from hfquant.decoder_probe import AttentionCall
 from hfquant.optimizing import LayerUse
 from tests.models import HELDOUT, MODEL_DIR
 
@@ -128,12 +128,9 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def calls(count_calls: Callable[[str], list[int]]) -> list[int]:
     """How many steps each call of the library had."""
-    counts: list[int] = []
-    original = Library.steps
-    monkeypatch.setattr(Library, "steps", lambda self, *rest: (counts.append(rest[1]), original(self, *rest))[1])
-    return counts
+    return count_calls("steps")
 
 
 BEFORE, AFTER, DECODE = 6, 8, 9  # steps
@@ -440,6 +437,19 @@ def test_asking_changes_nothing(tmp_path) -> None:
     assert model.model.layers[0].__dict__["forward"] is not first
     rows = hfquant.optimize(model, exact=True)
     assert whole_rows(rows) == [] and "forward" not in model.model.layers[0].__dict__
+
+
+def test_attention_is_a_step_only_if_nothing_else_changes_it() -> None:
+    plain = {"scaling": 0.25, "dropout": 0.0, "sliding_window": 8}
+    assert AttentionCall(16, 0, plain, (), True).scale == 0.25
+    for more in (
+        {"dropout": 0.1},
+        {"softcap": 30.0},
+        {"is_causal": False},
+        {"scaling": None},
+        {"output_attentions": True},
+    ):
+        assert AttentionCall(16, 0, {**plain, **more}, (), True).scale is None
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from hfquant import HfQuantConfig, UnsupportedError, use_kernel
 from hfquant.config import HfQuantConfig as Config
 from hfquant.coverage import survey
-from hfquant.cpu import Library
 from hfquant.expert_view import ExpertsView
 from hfquant.experts import AT_ONCE, QExperts, RoutedExperts, expert_projections, why_not_experts
 from hfquant.quantize import pack, quantize_linear
@@ -112,9 +111,8 @@ def test_forward_and_gradients_are_those_of_the_original_class(kind, options):
 @pytest.mark.parametrize("tokens", [1, 2, TOKENS])
 @pytest.mark.parametrize("method", ["int4", "nf4", "w8a8"])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_few_tokens_run_in_two_calls(kind, method, tokens, monkeypatch):
-    calls, original = [], Library.jobs
-    monkeypatch.setattr(Library, "jobs", lambda self, *rest: (calls.append(rest[1]), original(self, *rest))[1])
+def test_a_few_tokens_run_in_two_calls(kind, method, tokens, count_calls):
+    calls = count_calls("jobs")
     packed, _ = both(kind, method, **({"transform": None} if method == "w8a8" else {}))
     x, index, weights = (t[:tokens] for t in routed())
     index[-1, 0] = EXPERTS  # served by another rank

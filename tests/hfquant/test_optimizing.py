@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hfquant
 from hfquant import HfQuantConfig, SpecError, ops, use_kernel
 from hfquant.blocks import Blocks
-from hfquant.cpu import Library
 from hfquant.nn import QEmbedding, QLinear
 from hfquant.qtensor import InputParams
 from hfquant.quantize import pack, quantize_linear
@@ -91,12 +90,9 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def calls(count_calls: Callable[[str], list[int]]) -> list[int]:
     """How many products each call of several had."""
-    counts: list[int] = []
-    original = Library.jobs
-    monkeypatch.setattr(Library, "jobs", lambda self, *rest: (counts.append(rest[1]), original(self, *rest))[1])
-    return counts
+    return count_calls("jobs")
 
 
 @pytest.mark.parametrize("name", RECIPES)
