@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -212,6 +213,7 @@ def plan(quick: bool) -> Iterator[tuple[str, Scheme, tuple[int, int], int]]:
 @torch.no_grad()
 def main(quick: bool) -> None:
     """Measure, print, write; `quick`: one shape and the formats that others have too, printed only."""
+    target = result_of("cpu_linear")  # or an error, before anything takes time
     lines = []
     for name, scheme, shape, tokens in plan(quick):
         line = measured(name, scheme, shape, tokens)
@@ -226,9 +228,9 @@ def main(quick: bool) -> None:
     library = cpu.library()
     assert isinstance(library, cpu.Library)
     result = {**facts(str(__doc__), __file__), "isa": library.isa, "set": SET, "rows": lines}
-    result_of("cpu_linear").with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    result_of("cpu_linear").with_suffix(".md").write_text(markdown(result))
-    plot(result)
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(result))
+    plot(result, target.with_suffix(".png"))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -248,7 +250,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*out, "", ending, ""])
 
 
-def plot(result: dict[str, Any]) -> None:
+def plot(result: dict[str, Any], target: Path) -> None:
     """Times bfloat16 by the number of tokens, on the main shape."""
     try:
         import matplotlib
@@ -266,7 +268,7 @@ def plot(result: dict[str, Any]) -> None:
     axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as bfloat16", title="4096 × 4096")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(result_of("cpu_linear").with_suffix(".png"), dpi=120)
+    figure.savefig(target, dpi=120)
 
 
 if __name__ == "__main__":
